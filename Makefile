@@ -1,0 +1,68 @@
+# `make report` and `make test` are all that a newcomer needs; both call `make setup` first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SCALE  ?= embedded
+ONLY   ?=
+# Extra words for pip, for example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup report run book test test-system test-gpu lint figures cuda doctor clean
+
+help:
+	@echo "make report       run every pair at SCALE=$(SCALE) (ONLY=mlp_mnist for one), check the runs, build the book"
+	@echo "make test         unit tests and style checks on the library (under 5 minutes)"
+	@echo "make test-system  kill and disk tests, notebooks, the book in a browser (under 30 minutes)"
+	@echo "make figures      redraw figures/ from the committed run records"
+	@echo "make cuda         build the optional kernels sjlt and fast_jl (needs a GPU and nvcc)"
+	@echo "make lint         ruff and pyright"
+	@echo "make doctor       what would work on this machine"
+	@echo "make clean        remove generated files, not the runs"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "Python 3.11 or 3.12 is needed, $$($(PYTHON) --version) was found; say which with PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the packages of requirements.txt into $(VENV) (about 2 minutes, 2 GB) ..."
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) -r requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	@touch $(STAMP)
+
+report: run book
+
+run: setup
+	$(BIN)/grass run $(ONLY) --scale $(SCALE)
+
+book: setup
+	$(BIN)/grass book
+
+test: setup
+	$(BIN)/python -m pytest -m "not system" --timeout 240 tests
+
+test-system: setup
+	$(BIN)/python -m pytest -m system --timeout 1500 tests
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu --timeout 600 tests
+
+lint: setup
+	$(BIN)/ruff check grass_lib tests benchmarks book/_ext
+	$(BIN)/ruff format --check grass_lib tests benchmarks book/_ext
+	$(BIN)/pyright grass_lib
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+figures: setup
+	$(BIN)/python -m grass_lib.report.figures
+
+cuda: setup
+	$(BIN)/python -m grass_lib.cuda_setup
+
+doctor: setup
+	$(BIN)/grass doctor
+
+clean:
+	rm -rf _build book/executed book/_generated .pytest_cache .ruff_cache
