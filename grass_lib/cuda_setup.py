@@ -88,7 +88,7 @@ def fetch_sources(folder: Path, sources: Path | None) -> list[Path]:
 
 
 def use_architecture(setup_file: Path, architecture: str) -> bool:
-    """Rewrites the fixed ``TORCH_CUDA_ARCH_LIST`` of a ``setup.py`` to ``architecture``, as in ``9.0``; True if found."""
+    """Rewrites the fixed ``TORCH_CUDA_ARCH_LIST`` of a ``setup.py`` to ``architecture`` (``9.0``); True if found."""
     text, count = _ARCHITECTURE.subn(rf"\g<1>\g<2>{architecture}\g<2>", setup_file.read_text(encoding="utf-8"))
     if count:
         setup_file.write_text(text, encoding="utf-8")
