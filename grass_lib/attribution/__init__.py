@@ -1,0 +1,9 @@
+"""From compressed gradients to scores ``(n_train, n_query)``."""
+
+from grass_lib.attribution.features import FeatureAttributor
+from grass_lib.attribution.gradient_similarity import GradientCosine, TracIn
+from grass_lib.attribution.ranking import TopK, topk
+from grass_lib.attribution.solve import damped_scores
+from grass_lib.attribution.trak import TRAK
+
+__all__ = ["TRAK", "FeatureAttributor", "GradientCosine", "TopK", "TracIn", "damped_scores", "topk"]

@@ -1,0 +1,270 @@
+"""What gradient-based attributors share: checkpoints, compression specs and cached features of the training set."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+from tqdm import tqdm
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients.full import PerSampleGradients
+from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.state import Checkpoint, ParameterFilter, check_fit, checkpoint_shapes, load_checkpoint
+from grass_lib.gradients.stream import PassTimings, clock, progress_bar, project_loader, sample_count
+from grass_lib.projection import Mask, Projector, build_projector
+from grass_lib.specs import CompressionSpec
+
+MaskSource: TypeAlias = Mask | str | Path
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class FeatureOptions(TypedDict, total=False):
+    """Keyword arguments that every attributor takes; :class:`FeatureAttributor` explains them."""
+
+    sparsification: str
+    projection: str
+    specs: Sequence[CompressionSpec | str] | None
+    seed: int
+    device: str | torch.device | None
+    micro_batch: int | None
+    masks: MaskSource | Mapping[str, MaskSource] | None
+    backend: str
+    cache_device: str | torch.device | None
+    parameters: ParameterFilter | None
+    buffer_bytes: int | None
+    dtype: torch.dtype
+    progress: bool
+
+
+class FeatureAttributor:
+    """Compressed per-sample gradients of the training set, for several checkpoints and compression specs at once.
+
+    Each walk over a loader computes every gradient once per checkpoint, whatever the number of specs. Checkpoint c
+    draws its projections from the random stream of checkpoint c.
+
+    Attributes:
+        specs: The compression specs; their strings are the keys of results.
+        timings: Seconds. ``gradients`` and ``projection`` (by spec, building the operator included) are those of
+            :meth:`cache`; ``query_gradients``, ``query_projection`` and ``scores`` (by spec) those of the last
+            ``attribute``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Sequence[Checkpoint],
+        *,
+        sparsification: str = "identity",
+        projection: str = "identity",
+        specs: Sequence[CompressionSpec | str] | None = None,
+        output: Output,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        micro_batch: int | None = None,
+        masks: MaskSource | Mapping[str, MaskSource] | None = None,
+        backend: str = "auto",
+        cache_device: str | torch.device | None = None,
+        parameters: ParameterFilter | None = None,
+        buffer_bytes: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        progress: bool = True,
+    ) -> None:
+        """Checks everything that can be checked before data is read.
+
+        Args:
+            model: The architecture; it is left exactly as it is found, its device included.
+            checkpoints: State dicts or paths of safetensors files, read one at a time.
+            sparsification: First stage of the compression, ``"identity"`` for none.
+            projection: Second stage.
+            specs: Several compressions in one gradient pass, instead of the pair; results are then dicts by spec
+                string.
+            output: ``output(model, batch) -> (batch,)``, the value that is differentiated.
+            seed: Of the random projections.
+            device: Where to compute; None for the device of the model's parameters.
+            micro_batch: At most so many samples go through the model at once.
+            masks: For selective types: a mask, a path, or a dict of them by spec string.
+            backend: As in ``build_projector``.
+            cache_device: Where the training features are kept, ``n_checkpoints * n_train * k`` values per spec; None
+                for the device of the computation.
+            parameters: ``parameters(name, parameter) -> bool`` keeps some of the trainable weights.
+            buffer_bytes: Gradient rows collected before projecting; see ``project_loader``.
+            dtype: Of the cached features: float32, float64 (gradients too) or bfloat16 (half the memory).
+            progress: Shows a bar for walks that last more than 3 s.
+
+        Raises:
+            UsageError: If a spec, a checkpoint or another argument does not fit the model.
+        """
+        if dtype not in FEATURE_DTYPES:
+            raise UsageError(f"dtype is {dtype}; expected one of {', '.join(map(str, FEATURE_DTYPES))}.")
+        pair = specs is None
+        self.specs = _parse_specs(specs, sparsification, projection)
+        self.seed = seed
+        self.timings: dict[str, Any] = {}
+        self._single = pair
+        self._masks = masks
+        self._backend = backend
+        self._dtype = dtype
+        self._buffer_bytes = buffer_bytes
+        self._progress = progress
+        self._gradients = PerSampleGradients(
+            model,
+            output,
+            micro_batch=micro_batch,
+            parameters=parameters,
+            device=device,
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        )
+        self.device = self._gradients.device
+        self.cache_device = self.device if cache_device is None else torch.device(cache_device)
+        self._checkpoints = _check_checkpoints(model, checkpoints)
+        self._build_projectors(0)  # a spec that does not fit the model fails here, not after minutes of training data
+        self._train: list[dict[str, Tensor]] = []
+        self._train_values: list[Tensor] = []
+
+    @property
+    def p(self) -> int:
+        """Number of weights that are differentiated."""
+        return self._gradients.p
+
+    @property
+    def n_checkpoints(self) -> int:
+        """Number of checkpoints in the ensemble."""
+        return len(self._checkpoints)
+
+    @property
+    def n_train(self) -> int:
+        """Number of cached training samples; 0 before :meth:`cache`."""
+        return len(self._train_values[0]) if self._train_values else 0
+
+    @property
+    def model_calls(self) -> int:
+        """How often the model has been run so far: micro-batches times checkpoints."""
+        return self._gradients.model_calls
+
+    def cache(self, train_loader: Iterable[Batch]) -> None:
+        """Computes and keeps the features of the training set, one gradient pass per checkpoint.
+
+        Args:
+            train_loader: Yields batches in the same order every time; it is walked once per checkpoint.
+
+        Raises:
+            UsageError: If the loader is empty, shuffles, or yields another number of samples on a later walk.
+            GrassError: If a gradient is not finite.
+        """
+        timings, train, values = PassTimings(), [], []
+        with self._bar(train_loader, "training gradients", 1) as bar:
+            for _, features, found in self._walk(train_loader, bar, timings, self.cache_device):
+                train.append(features)
+                values.append(found)
+        self._train, self._train_values = train, values
+        self.timings = {"gradients": timings.gradients, "projection": dict(timings.projection)}
+
+    def _bar(self, loader: Iterable[Batch], description: str, parts: int) -> tqdm:
+        """A bar over samples, each counted once per checkpoint and part of the work."""
+        expected = sample_count(loader)
+        total = None if expected is None else expected * self.n_checkpoints * parts
+        return progress_bar(total, description, self._progress)
+
+    def _walk(
+        self, loader: Iterable[Batch], bar: tqdm, timings: PassTimings, place: torch.device
+    ) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
+        """Yields ``(checkpoint, {spec: features (n, k)}, values (n,))`` for each checkpoint."""
+        _check_order(loader)
+        first: int | None = None
+        for index, checkpoint in enumerate(self._checkpoints):
+            features, values = project_loader(
+                self._gradients,
+                load_checkpoint(checkpoint),
+                loader,
+                self._build_projectors(index, timings),
+                buffer_bytes=self._buffer_bytes,
+                store_device=place,
+                progress=bar,
+                timings=timings,
+            )
+            first = len(values) if first is None else first
+            if len(values) != first:
+                raise UsageError(
+                    f"The loader yielded {len(values)} samples for checkpoint {index} and {first} for checkpoint 0; "
+                    "expected the same samples in the same order on every walk (a DataLoader, not a generator)."
+                )
+            yield index, features, values
+
+    def _build_projectors(self, checkpoint: int, timings: PassTimings | None = None) -> dict[str, Projector]:
+        built: dict[str, Projector] = {}
+        for spec in self.specs:
+            start = clock(self.device)
+            built[str(spec)] = build_projector(
+                spec,
+                self.p,
+                seed=self.seed,
+                device=self.device,
+                dtype=self._dtype,
+                backend=self._backend,
+                checkpoint=checkpoint,
+                mask=self._mask_of(spec),
+            )
+            if timings is not None:
+                timings.add_projection(str(spec), clock(self.device) - start)
+        return built
+
+    def _mask_of(self, spec: CompressionSpec) -> MaskSource | None:
+        if not (spec.sparsification.needs_mask_file or spec.projection.needs_mask_file):
+            return None
+        return self._masks.get(str(spec)) if isinstance(self._masks, Mapping) else self._masks
+
+    def _require_cache(self) -> None:
+        if not self._train:
+            raise UsageError("The training features are not there yet; call cache(train_loader) before attribute().")
+
+    def _result(self, scores: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        return scores[str(self.specs[0])] if self._single else scores
+
+    def _add_query_timings(self, timings: PassTimings, scores: dict[str, float]) -> None:
+        self.timings["query_gradients"] = timings.gradients
+        self.timings["query_projection"] = dict(timings.projection)
+        self.timings["scores"] = scores
+
+
+def _parse_specs(
+    specs: Sequence[CompressionSpec | str] | None, sparsification: str, projection: str
+) -> tuple[CompressionSpec, ...]:
+    if specs is None:
+        return (CompressionSpec.parse(sparsification=sparsification, projection=projection),)
+    if sparsification != "identity" or projection != "identity":
+        raise UsageError("Both specs= and sparsification=/projection= were given; expected one of the two.")
+    if isinstance(specs, str | CompressionSpec):
+        raise UsageError(f"specs is {str(specs)!r}; expected a list of compression specs, for example ['sjlt-4096'].")
+    parsed = tuple(spec if isinstance(spec, CompressionSpec) else CompressionSpec.parse(spec) for spec in specs)
+    if not parsed:
+        raise UsageError("specs is empty; expected at least one compression spec, for example ['sjlt-4096'].")
+    names = [str(spec) for spec in parsed]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UsageError(f"specs holds {', '.join(repeated)} more than once; expected each spec once.")
+    return parsed
+
+
+def _check_checkpoints(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
+    if isinstance(checkpoints, str | Path | Mapping):
+        raise UsageError(f"checkpoints is one {type(checkpoints).__name__}; expected a list: [checkpoint].")
+    if len(checkpoints) == 0:
+        raise UsageError("checkpoints is empty; expected at least one state dict or safetensors path.")
+    for index, checkpoint in enumerate(checkpoints):
+        if not isinstance(checkpoint, str | Path | Mapping):
+            raise UsageError(
+                f"Checkpoint {index} is a {type(checkpoint).__name__}; expected a state dict or a safetensors path."
+            )
+        check_fit(model, checkpoint_shapes(checkpoint), f"Checkpoint {index}")
+    return tuple(checkpoints)
+
+
+def _check_order(loader: Iterable[Batch]) -> None:
+    """Rows of two checkpoints must belong to the same samples, and row i to sample i of the data set."""
+    if isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise UsageError("The loader shuffles; attribution needs the same order on every walk. Use shuffle=False.")
+    if getattr(loader, "drop_last", False):
+        raise UsageError("The loader drops the last short batch; every sample needs a score. Use drop_last=False.")

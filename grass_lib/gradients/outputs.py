@@ -1,0 +1,99 @@
+"""What is differentiated: one value per sample, computed from a model and a batch.
+
+An output takes ``(model, batch)`` and returns ``(batch,)``. The model is any callable, so that the same function works
+on a module and under ``torch.func.functional_call``. A tuple batch is ``(*inputs, labels)``; a dict batch holds the
+labels under ``"labels"`` and everything else is passed to the model by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from grass_lib.errors import UsageError
+
+Batch: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor]
+Output: TypeAlias = Callable[[Callable[..., Tensor], Batch], Tensor]
+
+
+def margin(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Margin of the right class: its logit minus the log-sum-exp of the other logits.
+
+    This is the log-odds ``log(p / (1 - p))`` that TRAK linearises (Park et al. 2023, section 3.2), written so that it
+    and its gradient stay finite where the probability p rounds to 1.
+
+    Args:
+        model: Called with the inputs of the batch; returns logits ``(batch, n_classes)``.
+        batch: ``(*inputs, labels)`` or a dict with ``"labels"``; labels are class numbers ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, higher where the right class is likelier.
+
+    Raises:
+        UsageError: If logits or labels have another shape or type, or there are fewer than two classes.
+    """
+    logits, labels = _logits_and_labels(model, batch)
+    if logits.shape[1] < 2:
+        raise UsageError(f"margin needs at least 2 classes, but the model returned logits of shape {_shape(logits)}.")
+    right = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    others = logits.masked_fill(right, -torch.inf).logsumexp(dim=1)
+    return logits.masked_fill(~right, 0.0).sum(dim=1) - others
+
+
+def cross_entropy(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Cross-entropy of the right class for each sample, not averaged over the batch.
+
+    Args:
+        model: Called with the inputs of the batch; returns logits ``(batch, n_classes)``.
+        batch: ``(*inputs, labels)`` or a dict with ``"labels"``; labels are class numbers ``(batch,)``.
+
+    Returns:
+        ``(batch,)`` in nats, lower is better.
+
+    Raises:
+        UsageError: If logits or labels have another shape or type.
+    """
+    logits, labels = _logits_and_labels(model, batch)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def margin_weight(values: Tensor) -> Tensor:
+    """One minus the probability of the right class, from margins: the weight of a training sample in TRAK.
+
+    Args:
+        values: Margins ``(n,)`` as :func:`margin` returns them.
+
+    Returns:
+        ``(n,)`` in [0, 1].
+    """
+    # sigmoid(-m) rather than 1 - sigmoid(m): the latter rounds to 0 for confident samples.
+    return torch.sigmoid(-values)
+
+
+def _logits_and_labels(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise UsageError(f"A dict batch needs the key 'labels'; this one has {sorted(batch)}.")
+        labels = batch["labels"]
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"})
+    else:
+        if len(batch) < 2:
+            raise UsageError(f"A tuple batch is (*inputs, labels); this one has {len(batch)} element(s).")
+        *inputs, labels = batch
+        logits = model(*inputs)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        seen = f"shape {_shape(logits)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(
+            f"The model returned {seen}; margin and cross_entropy expect logits (batch, n_classes). "
+            "Pass your own output(model, batch) -> (batch,) for other models."
+        )
+    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UsageError(
+            f"Labels have shape {_shape(labels)} and dtype {labels.dtype}; expected integer class numbers (batch,)."
+        )
+    return logits, labels.long()
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
