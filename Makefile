@@ -9,10 +9,11 @@ ONLY   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report run book test test-system test-gpu lint figures cuda doctor clean
+.PHONY: help setup report run book lab test test-system test-gpu lint figures cuda doctor clean
 
 help:
 	@echo "make report       run every pair at SCALE=$(SCALE) (ONLY=mlp_mnist for one), check the runs, build the book"
+	@echo "make lab          JupyterLab on the notebook templates (installs jupyterlab at the first call)"
 	@echo "make test         unit tests and style checks on the library (under 5 minutes)"
 	@echo "make test-system  kill and disk tests, notebooks, the book in a browser (under 30 minutes)"
 	@echo "make figures      redraw figures/ from the committed run records"
@@ -39,6 +40,10 @@ run: setup
 
 book: setup
 	$(BIN)/grass book
+
+lab: setup
+	@$(BIN)/python -c "import jupyterlab" 2>/dev/null || $(BIN)/python -m pip install -q jupyterlab
+	$(BIN)/python -m jupyterlab notebooks
 
 test: setup
 	$(BIN)/python -m pytest -m "not system" --timeout 240 tests
