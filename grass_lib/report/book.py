@@ -1,0 +1,221 @@
+"""Collects the verified runs into the book and builds it, offline and without a warning.
+
+`assemble` fills two generated folders, ``book/executed/`` (pages from runs) and ``book/_generated/`` (tables, figures and
+numbers that pages include); `build` calls it and then Jupyter Book.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grass_lib.errors import GrassError, RecordError, UsageError
+from grass_lib.report.pages import Page, pages_in_toc, stub, to_page
+
+if TYPE_CHECKING:
+    from grass_lib.report.record import RunRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A run that the book shows.
+
+    Attributes:
+        page: its page.
+        folder: the run's folder.
+        record: its record.
+    """
+
+    page: Page
+    folder: Path
+    record: RunRecord
+
+
+def runs_root(root: Path) -> Path:
+    """Folder of the runs: ``GRASS_RUNS``, or ``runs`` below the root."""
+    return Path(os.environ.get("GRASS_RUNS") or root / "runs")
+
+
+def _records(folders: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
+    from grass_lib.report.record import load_record
+
+    found = []
+    for folder in folders:
+        path = folder / "record.json"
+        if not path.is_file():
+            continue
+        try:
+            found.append((folder, load_record(path)))
+        except RecordError as error:
+            logger.warning("%s is left out of the book: %s", folder.name, error)
+    return found
+
+
+def newest_verified(root: Path, page: Page) -> tuple[Shown | None, list[str]]:
+    """The newest verified run of a pair and scale, from ``runs/`` first and then from ``book/measured/``.
+
+    Args:
+        root: root of the repository.
+        page: pair and scale.
+
+    Returns:
+        The run or None, and one line per run that exists but does not verify.
+    """
+    from grass_lib.runner import verify_run
+
+    refused: list[str] = []
+    runs = runs_root(root)
+    places = (
+        sorted(runs.iterdir()) if runs.is_dir() else [],
+        [root / "book" / "measured" / f"{page.experiment}-{page.scale}"],
+    )
+    for folders in places:
+        candidates = [
+            (folder, record)
+            for folder, record in _records(folder for folder in folders if folder.is_dir())
+            if (record.experiment, record.scale) == (page.experiment, page.scale)
+        ]
+        for folder, record in sorted(candidates, key=lambda item: str(item[1].finished), reverse=True):
+            problems = verify_run(folder)
+            if not problems:
+                return Shown(page, folder, record), refused
+            refused.append(f"`{record.run_id}`: {problems[0]}")
+            logger.warning("%s is left out of the book: %s", folder.name, "; ".join(problems))
+    return None, refused
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
+    import nbformat
+
+    notebooks, records = _fresh(generated / "notebooks"), _fresh(generated / "records")
+    shown = []
+    for page in pages_in_toc(root / "_toc.yml"):
+        found, refused = newest_verified(root, page)
+        if found is None:
+            (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
+            continue
+        notebook = nbformat.read(found.folder / "notebook.ipynb", as_version=4)
+        nbformat.write(to_page(notebook, found.record, page), executed / f"{page.stem}.ipynb")
+        shutil.copyfile(found.folder / "notebook.ipynb", notebooks / f"{page.stem}.ipynb")
+        shutil.copyfile(found.folder / "record.json", records / f"{page.stem}.json")
+        shown.append(found)
+    return shown
+
+
+def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
+    """The figure of the introduction: the run nearest to the paper, or a note where there is no run at all."""
+    from grass_lib.report.figures import draw_record
+
+    ranked = sorted(shown, key=lambda item: item.page.scale != "paper")
+    if not ranked:
+        command = pages[0].command if pages else "grass run"
+        return f":::{{admonition}} No run yet\n:class: warning\nThis figure is drawn from a run. Make one: `{command}`, then `grass book`.\n:::\n"
+    best = ranked[0]
+    files = draw_record(best.record, folder)
+    image = next(path for path in files if path.name.endswith("_lds.svg"))
+    caption = (
+        "LDS of TRAK against the compressed dimension k, one line per projection, bars for the 95 % interval over "
+        f"subsets and queries. Measured in run `{best.record.run_id}`"
+    )
+    if best.page.scale == "paper":
+        caption += "; hollow markers are the published values."
+    else:
+        caption += "; its sizes are those of the embedded scale, not the paper's."
+    return (
+        f"```{{figure}} /book/_generated/figures/{image.name}\n:name: fig-headline\n"
+        f":alt: LDS against k for each projection\n:class: grass-figure\n{caption}\n```\n"
+    )
+
+
+def _substitutes(rows: list[Mapping[str, object]], folder: Path) -> None:
+    from grass_lib.report.generated import substitutions
+
+    (folder / "substitutions.json").write_text(json.dumps(substitutions(rows), indent=1) + "\n", encoding="utf-8")
+
+
+def assemble(root: str | Path) -> list[Shown]:
+    """Fills ``book/executed/`` and ``book/_generated/`` from verified runs; nothing else is written.
+
+    Args:
+        root: root of the repository, the folder of ``_config.yml``.
+
+    Returns:
+        The runs that the book will show.
+
+    Raises:
+        UsageError: the root has no ``_toc.yml``.
+    """
+    from grass_lib.report.generated import pair_sections, verdict_table, write_ledger
+    from grass_lib.report.interactive import published_figure_html
+    from grass_lib.report.ledger import ledger_rows
+    from grass_lib.report.published import published_rows
+
+    root = Path(root).resolve()
+    if not (root / "_toc.yml").is_file():
+        raise UsageError(f"no _toc.yml in {root.name}/, expected the root of the repository; run from there")
+    executed, generated = _fresh(root / "book" / "executed"), _fresh(root / "book" / "_generated")
+    shown = _write_pages(root, executed, generated)
+    rows = ledger_rows([item.record for item in shown])
+    write_ledger(rows, generated)
+    _substitutes(rows, generated)
+    documents = {item.page.experiment: [] for item in shown}
+    for page in pages_in_toc(root / "_toc.yml"):
+        documents.setdefault(page.experiment, []).append(f"executed/{page.stem}")
+    pages = pages_in_toc(root / "_toc.yml")
+    (generated / "pairs.md").write_text(pair_sections(rows, documents), encoding="utf-8")
+    (generated / "verdicts.md").write_text(verdict_table(rows), encoding="utf-8")
+    (generated / "headline.md").write_text(_headline(shown, pages, generated / "figures"), encoding="utf-8")
+    (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
+    return shown
+
+
+def build(root: str | Path, strict: bool = True) -> Path:
+    """Collects the runs and builds the book from an empty ``_build``.
+
+    Args:
+        root: root of the repository.
+        strict: fail on any warning.
+
+    Returns:
+        Path of the book's ``index.html``.
+
+    Raises:
+        UsageError: the root is not that of the repository.
+        GrassError: Jupyter Book failed; the message ends with its last lines.
+    """
+    root = Path(root).resolve()
+    assemble(root)
+    shutil.rmtree(root / "_build", ignore_errors=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "--keep-going", "-n"]
+    # The kernel's platform folders are not needed to render; asking for them only prints a warning.
+    environment = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, *(["-W"] if strict else []), "."],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    index = root / "_build" / "html" / "index.html"
+    if done.returncode or not index.is_file():
+        text = (done.stdout + done.stderr).strip().splitlines()
+        problems = [line for line in text if "WARNING" in line or "ERROR" in line] or text[-15:]
+        raise GrassError("Jupyter Book could not build the book:\n" + "\n".join(problems[:30]))
+    return index

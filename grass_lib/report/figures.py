@@ -1,0 +1,274 @@
+"""Figures of the report, drawn from run records only: LDS against k and projection time against k.
+
+``python -m grass_lib.report.figures`` redraws ``figures/`` from the records under ``book/measured/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, figure_style, method_of
+from grass_lib.report.tables import Row, pick_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from grass_lib.report.record import RunRecord
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("png", "svg", "pdf")
+# Nothing that changes from one day or version to the next goes into the files.
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
+def series(rows: Iterable[Row], value: str) -> dict[str, list[Row]]:
+    """Groups rows by method, each group sorted by k, in the order of the legend.
+
+    Args:
+        rows: result rows or published rows.
+        value: the field that must be there, ``lds`` or ``projection_seconds``.
+
+    Returns:
+        Rows by key of `METHODS`; rows without k or without the value are left out.
+    """
+    groups: dict[str, list[Row]] = {name: [] for name in METHODS}
+    for row in rows:
+        if row.get("k") and row.get(value) is not None:
+            groups[method_of(row["sparsification"], row["projection"])].append(row)
+    return {name: sorted(group, key=lambda row: row["k"]) for name, group in groups.items() if group}
+
+
+def comparable(published: Iterable[Row]) -> list[Row]:
+    """Published rows with the rows called ``fjlt`` renamed to what they were, a dense Rademacher projection.
+
+    Args:
+        published: rows of ``published.json``.
+
+    Returns:
+        Copies of the rows.
+    """
+    renamed = []
+    for row in published:
+        projection = str(row["projection"])
+        if projection.startswith("fjlt-"):
+            projection = "rademacher-" + projection.removeprefix("fjlt-")
+        renamed.append({**row, "projection": projection})
+    return renamed
+
+
+def _k_axis(axes: Axes, ks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [f"{k:,}" for k in ks])
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+    axes.set_xlabel("k, compressed dimension")
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9.5)
+
+
+def lds_figure(
+    source: RunRecord | Iterable[Row],
+    *,
+    published: Iterable[Row] = (),
+    noise_ceiling: Mapping[str, Any] | None = None,
+    attributor: str = "trak",
+    convention: str | None = None,
+    title: str = "",
+) -> Figure:
+    """LDS against k, one line per method, bars for the 95 % interval.
+
+    Args:
+        source: a run record or its result rows.
+        published: rows of ``published.json`` to draw beside ours, hollow and dashed; only for a paper-scale run.
+        noise_ceiling: ``{mean, interval}``; drawn as a dotted line with its interval.
+        attributor: which attributor's rows.
+        convention: which damping convention; None takes that of the first row.
+        title: title above the axes.
+
+    Returns:
+        A matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
+    paper = series(comparable(published), "lds")
+    names = [name for name in METHODS if name in groups or name in paper]
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+        for place, name in enumerate(names):
+            style = METHODS[name]
+            shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))  # side by side, so that the bars do not cover each other
+            if name in groups:
+                rows = groups[name]
+                means = [row["lds"]["mean"] for row in rows]
+                bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
+                bars = [
+                    [max(mean - low, 0.0) for mean, (low, _) in zip(means, bounds, strict=True)],
+                    [max(high - mean, 0.0) for mean, (_, high) in zip(means, bounds, strict=True)],
+                ]
+                axes.errorbar(
+                    [row["k"] * shift for row in rows],
+                    means,
+                    yerr=bars,
+                    color=style.colour,
+                    marker=style.marker,
+                    label=style.label,
+                    elinewidth=1.2,
+                    capsize=2.5,
+                )
+            if name in paper:
+                axes.plot(
+                    [row["k"] * shift for row in paper[name]],
+                    [row["lds"] for row in paper[name]],
+                    color=style.colour,
+                    marker=style.marker,
+                    markerfacecolor="none",
+                    linestyle="--",
+                    linewidth=1.2,
+                    label=f"{style.label}, published",
+                )
+        if noise_ceiling is not None:
+            axes.axhline(noise_ceiling["mean"], color=NEUTRAL, linestyle=":", linewidth=1.5, label="noise ceiling")
+            if noise_ceiling.get("interval"):
+                axes.axhspan(*noise_ceiling["interval"], color=NEUTRAL, alpha=0.12, linewidth=0)
+        _k_axis(axes, sorted({row["k"] for group in (*groups.values(), *paper.values()) for row in group}))
+        axes.set_ylabel("LDS, mean over queries")
+        axes.set_title(title)
+        _legend(axes)
+        plt.close(figure)
+    return figure
+
+
+def time_figure(
+    source: RunRecord | Iterable[Row],
+    *,
+    attributor: str = "trak",
+    convention: str | None = None,
+    title: str = "",
+) -> Figure:
+    """Seconds spent in projection against k, both axes logarithmic, one line per method.
+
+    Args:
+        source: a run record or its result rows.
+        attributor: which attributor's rows.
+        convention: which damping convention; None takes that of the first row.
+        title: title above the axes.
+
+    Returns:
+        A matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    groups = series(pick_rows(source, attributor=attributor, convention=convention), "projection_seconds")
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+        for name, rows in groups.items():
+            style = METHODS[name]
+            axes.plot(
+                [row["k"] for row in rows],
+                [row["projection_seconds"] for row in rows],
+                color=style.colour,
+                marker=style.marker,
+                label=style.label,
+            )
+        _k_axis(axes, sorted({row["k"] for rows in groups.values() for row in rows}))
+        axes.set_yscale("log")
+        axes.set_ylabel("projection of the training set (s)")
+        axes.set_title(title)
+        _legend(axes)
+        plt.close(figure)
+    return figure
+
+
+def save_figure(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
+    """Writes a figure as PNG, SVG and PDF, the same bytes each time.
+
+    Args:
+        figure: the figure.
+        stem: file name without suffix.
+        folder: where to write; made when missing.
+
+    Returns:
+        The three paths.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with figure_style():
+        for suffix in FORMATS:
+            path = target / f"{stem}.{suffix}"
+            figure.savefig(path, dpi=200, metadata=_METADATA[suffix], bbox_inches="tight", transparent=True)
+            paths.append(path)
+    return paths
+
+
+def draw_record(record: RunRecord, folder: str | Path) -> list[Path]:
+    """Draws the figures of one run; published values stand beside a paper-scale run.
+
+    Args:
+        record: the run's record.
+        folder: where to write.
+
+    Returns:
+        The files written.
+    """
+    from grass_lib.report.published import published_rows
+
+    published = published_rows(record.experiment) if record.scale == "paper" else []
+    # The published rows that need a fitted mask have no counterpart in a run without one.
+    measured = {(row["sparsification"], row["projection"]) for row in pick_rows(record)}
+    shown = [row for row in comparable(published) if (row["sparsification"], row["projection"]) in measured]
+    title = f"{experiment_title(record.experiment)}, {record.scale} scale"
+    ceiling = next((row["noise_ceiling"] for row in pick_rows(record) if row.get("noise_ceiling")), None)
+    stem = record.experiment if record.scale == "paper" else f"{record.experiment}_{record.scale}"
+    written = save_figure(
+        lds_figure(record, published=shown, noise_ceiling=ceiling, title=title), f"{stem}_lds", folder
+    )
+    return written + save_figure(time_figure(record, title=title), f"{stem}_projection_time", folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: redraws every figure from the committed records.
+
+    Args:
+        arguments: words of the command line; those of the process where None.
+
+    Returns:
+        Exit code: 0 when a figure was drawn, 1 when there is no record to draw from.
+    """
+    from grass_lib.report.record import load_record
+
+    parser = argparse.ArgumentParser(prog="python -m grass_lib.report.figures", description=main.__doc__)
+    parser.add_argument("--measured", type=Path, default=Path("book/measured"), help="folder with the committed runs")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder to write to")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    paths = sorted(options.measured.glob("*/record.json"))
+    if not paths:
+        logger.error(
+            "no run record below %s, expected <experiment>-<scale>/record.json; "
+            "`grass run mlp_mnist --scale paper` makes one to be copied there",
+            options.measured,
+        )
+        return 1
+    for path in paths:
+        for written in draw_record(load_record(path), options.output):
+            logger.info("%s", written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Generated parts of the book's pages: the ledger's tables, the numbers quoted in the prose, the overview of the pairs."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.report.pairs import PAIRS
+from grass_lib.report.published import published_claims, published_rows, published_source
+from grass_lib.report.style import ATTRIBUTOR_TITLES, experiment_title, method_label, method_of, stage_text
+from grass_lib.report.tables import badge, interval_text, table_html
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LedgerRow = Mapping[str, Any]
+VERDICTS = ("reproduced", "differs", "not comparable", "not run")
+
+
+def _verdict_badge(verdict: str) -> str:
+    return badge(verdict, verdict.replace(" ", "-"))
+
+
+def _key(row: LedgerRow) -> tuple[Any, ...]:
+    return row["experiment"], row["attributor"], row["sparsification"], row["projection"], row["k"]
+
+
+def _common(row: LedgerRow) -> dict[str, Any]:
+    return {
+        "Pair": experiment_title(row["experiment"]),
+        "Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]),
+        "Method": method_label(row["sparsification"], row["projection"]),
+        "Compression": html.escape(stage_text(row["sparsification"], row["projection"])),
+        "k": row["k"],
+    }
+
+
+def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
+    """The LDS rows of the ledger and its throughput claim as a table for readers.
+
+    Args:
+        rows: ledger rows.
+
+    Returns:
+        One row per published LDS and one per claim, with trusted HTML in the verdict column.
+    """
+    import pandas as pd
+
+    records = []
+    for row in rows:
+        if row["metric"] == "projection_seconds":
+            continue
+        is_lds = row["metric"] == "lds"
+        published, measured = row.get("published"), row.get("measured")
+        difference = measured - published if is_lds and measured is not None and published is not None else None
+        record = _common(row) if is_lds else {"Pair": experiment_title(row["experiment"]), "Method": "FactGraSS"}
+        if not is_lds:
+            record |= {"Attributor": "throughput", "Compression": html.escape(str(row.get("projection") or "")), "k": None}
+        record |= {
+            "Published": round(published, 4) if isinstance(published, int | float) else html.escape(str(published or "")),
+            "Measured": None if measured is None else round(measured, 4),
+            "95 % interval": interval_text(row.get("interval")),
+            "Difference": None if difference is None else f"{difference:+.4f}",
+            "Verdict": _verdict_badge(row["verdict"]),
+            "Reason": html.escape(str(row.get("reason") or "")),
+        }
+        records.append(record)
+    return pd.DataFrame(records, dtype=object).fillna("")
+
+
+def _ratios(rows: Sequence[LedgerRow], field: str) -> dict[tuple[Any, ...], float]:
+    """Seconds divided by those of SJLT alone at the same pair and k."""
+    base = {
+        (row["experiment"], row["k"]): float(row[field])
+        for row in rows
+        if row.get(field) and method_of(row["sparsification"], row["projection"]) == "sjlt"
+    }
+    return {
+        _key(row): float(row[field]) / base[row["experiment"], row["k"]]
+        for row in rows
+        if row.get(field) is not None and (row["experiment"], row["k"]) in base
+    }
+
+
+def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
+    """The projection times of the ledger, as seconds and as ratios to SJLT within one run.
+
+    Args:
+        rows: ledger rows.
+
+    Returns:
+        One row per published time.
+    """
+    import pandas as pd
+
+    chosen = [row for row in rows if row["metric"] == "projection_seconds"]
+    published, measured = _ratios(chosen, "published"), _ratios(chosen, "measured")
+    records = []
+    for row in chosen:
+        key = _key(row)
+        records.append(
+            {
+                **_common(row),
+                "Published (s)": row["published"],
+                "Published, times SJLT": round(published[key], 2) if key in published else None,
+                "Measured (s)": None if row.get("measured") is None else float(f"{row['measured']:.3g}"),
+                "Measured, times SJLT": round(measured[key], 2) if key in measured else None,
+                "Verdict": _verdict_badge(row["verdict"]),
+            }
+        )
+    return pd.DataFrame(records, dtype=object).fillna("")
+
+
+def substitutions(rows: Sequence[LedgerRow]) -> dict[str, str]:
+    """Numbers that the prose quotes, by name.
+
+    Args:
+        rows: ledger rows.
+
+    Returns:
+        Text by name, ready for MyST substitution.
+    """
+    lds = [row for row in rows if row["metric"] == "lds"]
+    counts = Counter(row["verdict"] for row in lds)
+    published = published_rows()
+    seconds = {
+        method_of(row["sparsification"], row["projection"]): row["projection_seconds"]
+        for row in published
+        if row["experiment"] == "mlp_mnist" and row["k"] == 8192
+    }
+    values = {
+        "n_published": str(len(published)),
+        "n_pairs": str(len(PAIRS)),
+        "n_pairs_with_lds": str(len({row["experiment"] for row in published})),
+        "published_source": published_source(),
+        "throughput_claim": published_claims()[0]["claim"],
+        "throughput_protocol": published_claims()[0]["protocol"],
+        "published_dense_over_sjlt": f"{seconds['normal'] / seconds['sjlt']:.0f}",
+        "mlp_parameters": f"{PAIRS[0].parameters:,}",
+        "n_measured": str(sum(row.get("measured") is not None for row in lds)),
+    }
+    return values | {f"n_{name.replace(' ', '_')}": str(counts[name]) for name in VERDICTS}
+
+
+def verdict_table(rows: Sequence[LedgerRow]) -> str:
+    """How many published LDS values of each pair have which verdict, as a Markdown table.
+
+    Args:
+        rows: ledger rows.
+
+    Returns:
+        MyST Markdown.
+    """
+    lines = ["| pair | published LDS values | " + " | ".join(VERDICTS) + " |", "| --- " * (2 + len(VERDICTS)) + "|"]
+    for pair in PAIRS:
+        counts = Counter(row["verdict"] for row in rows if row["experiment"] == pair.name and row["metric"] == "lds")
+        cells = [str(counts[name]) for name in VERDICTS] if counts else [""] * len(VERDICTS)
+        total = str(sum(counts.values())) if counts else "none"
+        lines.append(f"| {experiment_title(pair.name)} | {total} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pair_sections(rows: Sequence[LedgerRow], shown: Mapping[str, Sequence[str]]) -> str:
+    """One section per pair: model, data, protocol and status.
+
+    Args:
+        rows: ledger rows.
+        shown: for a pair that has pages, their document names relative to ``book/``.
+
+    Returns:
+        MyST Markdown.
+    """
+    parts = []
+    for pair in PAIRS:
+        counts = Counter(row["verdict"] for row in rows if row["experiment"] == pair.name and row["metric"] == "lds")
+        total = sum(counts.values())
+        compared = total - counts["not run"]
+        published = f"{total} published LDS values, {compared} of them compared" if total else "one published claim, on throughput"
+        links = ", ".join(f"{{doc}}`{doc}`" for doc in shown.get(pair.name, ()))
+        status = f"Pages: {links}." if links else "No page yet: its published values are in the ledger as *not run*."
+        if not links and not total:
+            status = "No page yet: the claim is in the ledger as *not run*."
+        parts += [
+            f"## {experiment_title(pair.name)}",
+            "",
+            f"Model\n: {pair.model}, {pair.parameters:,} parameters",
+            "",
+            f"Data\n: {pair.data}",
+            "",
+            f"Attribution\n: {pair.attribution}",
+            "",
+            f"Status\n: {published}. {status}",
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def write_ledger(rows: Sequence[LedgerRow], folder: Path) -> None:
+    """Writes the ledger as HTML tables, CSV and JSON.
+
+    Args:
+        rows: ledger rows.
+        folder: ``book/_generated``.
+    """
+    main = table_html(
+        lds_ledger(rows),
+        "dt-ledger",
+        page_length=25,
+        allow_html=True,
+        columnControl=["order", ["searchList"]],
+        ordering={"indicators": False, "handler": True},
+    )
+    times = table_html(
+        seconds_ledger(rows),
+        "dt-ledger-seconds",
+        page_length=10,
+        allow_html=True,
+        columnControl=["order", ["searchList"]],
+        ordering={"indicators": False, "handler": True},
+    )
+    (folder / "ledger.html").write_text(main + "\n", encoding="utf-8")
+    (folder / "ledger_seconds.html").write_text(times + "\n", encoding="utf-8")
+    (folder / "ledger.json").write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,215 @@
+"""Interactive figures (plotly) as HTML fragments that load nothing from the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.errors import UsageError
+from grass_lib.report.figures import comparable, series
+from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, method_label, stage_text
+from grass_lib.report.tables import Row, interval_text, pick_rows
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from IPython.display import HTML
+
+    from grass_lib.report.record import RunRecord
+
+_CLEAR = "rgba(0,0,0,0)"
+_GRID = "rgba(122,122,122,0.25)"
+
+
+def _figure(y_title: str) -> go.Figure:
+    import plotly.graph_objects as go
+
+    axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": NEUTRAL, "showline": True}
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        paper_bgcolor=_CLEAR,
+        plot_bgcolor=_CLEAR,
+        font={"color": NEUTRAL, "size": 13},
+        margin={"l": 56, "r": 12, "t": 16, "b": 48},
+        height=460,
+        hoverlabel={"font": {"size": 13}},
+        legend={"orientation": "h", "y": -0.2, "x": 0, "yanchor": "top"},
+        xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension"}},
+        yaxis={**axis, "title": {"text": y_title}},
+    )
+    return figure
+
+
+def _k_ticks(figure: go.Figure, ks: Iterable[int]) -> None:
+    values = sorted(set(ks))
+    figure.update_xaxes(tickvals=values, ticktext=[f"{k:,}" for k in values], minor={"ticks": ""})
+
+
+def _measured_trace(name: str, rows: list[Row]) -> dict[str, Any]:
+    style = METHODS[name]
+    means = [row["lds"]["mean"] for row in rows]
+    bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": style.label,
+        "x": [row["k"] for row in rows],
+        "y": means,
+        "line": {"color": style.colour, "width": 2},
+        "marker": {"symbol": style.symbol, "size": 10, "color": style.colour},
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [max(high - mean, 0.0) for mean, (_, high) in zip(means, bounds, strict=True)],
+            "arrayminus": [max(mean - low, 0.0) for mean, (low, _) in zip(means, bounds, strict=True)],
+            "thickness": 1.2,
+        },
+        "text": [
+            f"{stage_text(row['sparsification'], row['projection'])}<br>95 % interval {interval_text(row['lds'].get('interval'))}"
+            for row in rows
+        ],
+        "hovertemplate": "%{text}<br>LDS %{y:.3f}<extra></extra>",
+    }
+
+
+def _published_trace(name: str, rows: list[Row]) -> dict[str, Any]:
+    style = METHODS[name]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": f"{style.label}, published",
+        "x": [row["k"] for row in rows],
+        "y": [row["lds"] for row in rows],
+        "line": {"color": style.colour, "width": 1.2, "dash": "dash"},
+        "marker": {"symbol": f"{style.symbol}-open", "size": 10, "color": style.colour},
+        "text": [stage_text(row["sparsification"], row["projection"]) for row in rows],
+        "hovertemplate": "%{text}<br>published LDS %{y:.4f}<extra></extra>",
+    }
+
+
+def _fragment(figure: go.Figure, div_id: str, embed: bool) -> str:
+    if not div_id.startswith("plotly-"):
+        raise UsageError(f"div_id must start with 'plotly-', got {div_id!r}; a section may have the same id otherwise")
+    body = figure.to_html(
+        full_html=False,
+        include_plotlyjs=embed,
+        div_id=div_id,
+        config={"responsive": True, "displaylogo": False, "showTips": False},
+        default_height="460px",
+    )
+    return f'<div class="grass-interactive">{body}</div>'
+
+
+def lds_figure_html(
+    source: RunRecord | Iterable[Row],
+    *,
+    div_id: str = "plotly-lds",
+    published: Iterable[Row] = (),
+    noise_ceiling: Mapping[str, Any] | None = None,
+    attributor: str = "trak",
+    convention: str | None = None,
+    embed: bool = False,
+) -> str:
+    """LDS against k: hover for values and intervals, click a method in the legend to hide it.
+
+    Args:
+        source: a run record or its result rows.
+        div_id: HTML id; starts with ``plotly-``.
+        published: rows of ``published.json`` to draw hollow and dashed; only for a paper-scale run.
+        noise_ceiling: ``{mean, interval}``; drawn as a dotted line.
+        attributor: which attributor's rows.
+        convention: which damping convention; None takes that of the first row.
+        embed: put plotly.js (4.8 MB) into the result. False in a book, which loads it once; True for a notebook opened by
+            hand.
+
+    Returns:
+        An HTML fragment.
+
+    Raises:
+        UsageError: the id does not start with ``plotly-``.
+    """
+    figure = _figure("LDS, mean over queries")
+    groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
+    paper = series(comparable(published), "lds")
+    for name in METHODS:
+        if name in groups:
+            figure.add_trace(_measured_trace(name, groups[name]))
+        if name in paper:
+            figure.add_trace(_published_trace(name, paper[name]))
+    if noise_ceiling is not None:
+        figure.add_hline(y=noise_ceiling["mean"], line_dash="dot", line_color=NEUTRAL, annotation_text="noise ceiling")
+    _k_ticks(figure, (row["k"] for rows in (*groups.values(), *paper.values()) for row in rows))
+    return _fragment(figure, div_id, embed)
+
+
+def show_lds_figure(source: RunRecord | Iterable[Row], **options: Any) -> HTML:
+    """The figure of `lds_figure_html` as the last value of a notebook cell.
+
+    Args:
+        source: a run record or its result rows.
+        **options: see `lds_figure_html`.
+
+    Returns:
+        An IPython HTML object.
+    """
+    from IPython.display import HTML
+
+    return HTML(lds_figure_html(source, **options))
+
+
+def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-published", embed: bool = False) -> str:
+    """All published LDS values against k, one pair at a time, chosen from a menu.
+
+    Rows that share a method but not the size of their mask are drawn as separate lines of one colour.
+
+    Args:
+        published: rows of ``published.json``.
+        div_id: HTML id; starts with ``plotly-``.
+        embed: as in `lds_figure_html`.
+
+    Returns:
+        An HTML fragment.
+    """
+    figure = _figure("LDS, published")
+    rows = comparable(published)
+    pairs = list(dict.fromkeys(row["experiment"] for row in rows))
+    owner: list[str] = []
+    for pair in pairs:
+        for name, group in series([row for row in rows if row["experiment"] == pair], "lds").items():
+            masks = list(dict.fromkeys(_line_key(row) for row in group))
+            for mask in masks:
+                trace = _published_trace(name, [row for row in group if _line_key(row) == mask])
+                label = method_label(group[0]["sparsification"], group[0]["projection"])
+                label += f" ({mask})" if mask else ""
+                figure.add_trace({**trace, "name": label, "visible": pair == pairs[0]})
+                owner.append(pair)
+    figure.update_layout(
+        margin={"t": 56},
+        updatemenus=[
+            {
+                "type": "dropdown",
+                "x": 0,
+                "y": 1.14,
+                "xanchor": "left",
+                "yanchor": "top",
+                "bgcolor": _CLEAR,
+                "bordercolor": NEUTRAL,
+                "buttons": [
+                    {
+                        "label": experiment_title(pair),
+                        "method": "update",
+                        "args": [{"visible": [name == pair for name in owner]}],
+                    }
+                    for pair in pairs
+                ],
+            }
+        ],
+    )
+    _k_ticks(figure, (row["k"] for row in rows))
+    return _fragment(figure, div_id, embed)
+
+
+def _line_key(row: Row) -> str:
+    """What tells two lines of one method apart: the flat mask before the projection."""
+    first = str(row["sparsification"])
+    return "" if first == "identity" or "*" in first else first

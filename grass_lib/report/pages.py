@@ -1,0 +1,191 @@
+"""From a verified run to a page of the book: the executed notebook with its inputs folded, or a stub where there is no run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.report.style import experiment_title
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+    from grass_lib.report.record import RunRecord
+
+#: What the data of a run were, in words.
+DATA_KINDS = {
+    "official": "the official files",
+    "recompressed": "the official samples, recompressed",
+    "subset": "a part of the official data",
+    "substitute": "substitute data",
+    "embedded": "the small data set that comes with an installed package",
+}
+_TITLE = re.compile(r"^#\s+(.+?)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the book that shows a run.
+
+    Attributes:
+        experiment: name of the model and data pair.
+        scale: ``embedded`` or ``paper``.
+    """
+
+    experiment: str
+    scale: str
+
+    @property
+    def stem(self) -> str:
+        """File name without suffix."""
+        return f"{self.experiment}_{self.scale}"
+
+    @property
+    def title(self) -> str:
+        """Title shown to readers."""
+        return f"{experiment_title(self.experiment)}, {self.scale} scale"
+
+    @property
+    def command(self) -> str:
+        """The command that makes the run."""
+        return f"grass run {self.experiment} --scale {self.scale}"
+
+
+def pages_in_toc(toc: Path) -> list[Page]:
+    """Pages below ``book/executed/`` that the table of contents names.
+
+    Args:
+        toc: path of ``_toc.yml``.
+
+    Returns:
+        The pages in the order of the book.
+    """
+    import yaml
+
+    found: list[Page] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            name = node.get("file", "")
+            if isinstance(name, str) and name.startswith("book/executed/"):
+                experiment, _, scale = name.removeprefix("book/executed/").rpartition("_")
+                found.append(Page(experiment, scale))
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(yaml.safe_load(toc.read_text(encoding="utf-8")))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: ``41 s``, ``2 min 5 s``, ``1 h 12 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def provenance(record: RunRecord, page: Page) -> str:
+    """A box in MyST that says where the numbers of a page come from.
+
+    Args:
+        record: the run's record.
+        page: the page that shows it.
+
+    Returns:
+        MyST Markdown.
+    """
+    device, versions, data = record.device, record.versions, record.data
+    name = device.get("name") or device.get("type") or "unknown device"
+    seconds = sum(float(value) for value in record.phases.values())
+    kind = DATA_KINDS.get(str(data.get("kind")), str(data.get("kind")))
+    rows = f", {int(data['rows']):,} rows" if data.get("rows") else ""
+    lines = [
+        ":::{admonition} Where these numbers come from",
+        ":class: note provenance",
+        f"Run `{record.run_id}`, finished {str(record.finished)[:16].replace('T', ' ')} on {name}, "
+        f"{duration(seconds)} in the measured phases; "
+        f"Python {versions.get('python', '?')}, PyTorch {versions.get('torch', '?')}.",
+        f"Data: {kind} ({data.get('source', 'unnamed source')}{rows}).",
+    ]
+    if page.scale == "embedded":
+        lines.append("Sizes are those of the embedded scale, not the paper's; compare methods on this page, not with the paper.")
+    lines += [
+        "",
+        f"Get the {{download}}`run record <../_generated/records/{page.stem}.json>` or the "
+        f"{{download}}`executed notebook <../_generated/notebooks/{page.stem}.ipynb>`, "
+        f"or make the run again: `{page.command}`.",
+        ":::",
+    ]
+    return "\n".join(lines)
+
+
+def to_page(notebook: NotebookNode, record: RunRecord, page: Page) -> NotebookNode:
+    """A copy of an executed notebook made ready for the book; the outputs are left as they are.
+
+    Code is folded behind a click, the title names the scale, a box under it says where the numbers come from, and
+    metadata of the execution (paths, clock times) is dropped.
+
+    Args:
+        notebook: the executed notebook.
+        record: its run record.
+        page: where it goes.
+
+    Returns:
+        A new notebook.
+    """
+    import nbformat
+    from nbformat.v4 import new_markdown_cell
+
+    copy = nbformat.from_dict(notebook)
+    copy.metadata.pop("papermill", None)
+    titled = False
+    for index, cell in enumerate(copy.cells):
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            tags = set(cell.metadata.get("tags", []))
+            if not tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"}:
+                tags.add("hide-input")
+            cell.metadata["tags"] = sorted(tags)
+        elif cell.cell_type == "markdown" and not titled and _TITLE.search(cell.source):
+            cell.source = _TITLE.sub(f"# {page.title}", cell.source, count=1)
+            position, titled = index + 1, True
+    if not titled:
+        copy.cells.insert(0, new_markdown_cell(f"# {page.title}", id="page-title"))
+        position = 1
+    copy.cells.insert(position, new_markdown_cell(provenance(record, page), id="page-provenance"))
+    return copy
+
+
+def stub(page: Page, refused: Sequence[str] = ()) -> str:
+    """The page where there is no verified run: what it would show and the command that makes it.
+
+    Args:
+        page: the page.
+        refused: reasons why runs that exist were not taken.
+
+    Returns:
+        MyST Markdown.
+    """
+    lines = [f"# {page.title}", "", ":::{admonition} Not run yet", ":class: warning"]
+    lines.append(f"No verified run of this pair at {page.scale} scale was found when the book was built, so this page shows none.")
+    lines += [":::", "", "This command makes the run, and the next build of the book shows it here:", ""]
+    lines += ["```bash", page.command, "grass book", "```", ""]
+    if page.scale == "paper":
+        lines.append(
+            "The paper's scale uses the paper's data and sizes and wants a GPU. "
+            "`grass doctor` says whether it would work on this machine and what is missing."
+        )
+    if refused:
+        lines += ["", "Runs that were found and refused:", "", *[f"- {reason}" for reason in refused]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,63 @@
+"""The five model and data pairs of the paper: what the overview page says about each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model and data pair.
+
+    Attributes:
+        name: key used by records and by the published rows.
+        model: the model in words.
+        parameters: number of trainable parameters.
+        data: training and query data at paper scale.
+        attribution: attributor and number of models behind the scores.
+    """
+
+    name: str
+    model: str
+    parameters: int
+    data: str
+    attribution: str
+
+
+PAIRS: tuple[Pair, ...] = (
+    Pair(
+        "mlp_mnist",
+        "multilayer perceptron 784-128-64-10 with dropout",
+        109_386,
+        "first 5,000 training and 500 test digits of MNIST",
+        "TRAK over 10 models",
+    ),
+    Pair(
+        "resnet9_cifar2",
+        "residual network with nine convolution layers",
+        4_825_154,
+        "5,000 training and 500 test photographs of cats and dogs from CIFAR-10",
+        "TRAK over 10 models",
+    ),
+    Pair(
+        "musictransformer_maestro",
+        "Music Transformer, six layers",
+        13_115_782,
+        "5,000 windows of 256 events from MAESTRO v2, 178 generated pieces as queries",
+        "TRAK over 5 models",
+    ),
+    Pair(
+        "gpt2_wikitext",
+        "GPT-2 small, fine-tuned",
+        124_439_808,
+        "4,656 training and 481 validation blocks of 512 tokens from WikiText-2",
+        "influence functions with the empirical Fisher matrix, factored compression of every linear layer",
+    ),
+    Pair(
+        "llama3_openwebtext",
+        "Llama-3.1-8B-Instruct",
+        8_030_261_248,
+        "up to a billion tokens of OpenWebText in blocks of 1,024, twelve prompts as queries",
+        "influence functions with the empirical Fisher matrix; throughput, no LDS",
+    ),
+)

@@ -1,0 +1,209 @@
+"""Tables of a run: LDS with its interval, projection time with its ratio, as data frames and as sortable HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.errors import UsageError
+from grass_lib.report.style import ATTRIBUTOR_TITLES, METHODS, method_label, method_of, stage_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import HTML
+
+    from grass_lib.report.record import RunRecord
+
+Row = Mapping[str, Any]
+
+_LAYOUT = {"topStart": "info", "topEnd": "search", "bottomStart": "pageLength", "bottomEnd": "paging"}
+
+
+def result_rows(source: RunRecord | Iterable[Row]) -> list[Row]:
+    """Result rows of a record, or the rows themselves.
+
+    Args:
+        source: a run record, or result rows as `Run.result` takes them.
+
+    Returns:
+        The rows as a list.
+    """
+    return list(getattr(source, "results", source))
+
+
+def pick_rows(source: RunRecord | Iterable[Row], *, attributor: str = "trak", convention: str | None = None) -> list[Row]:
+    """Rows that belong in one figure: one attributor, one damping convention.
+
+    Args:
+        source: a run record or result rows.
+        attributor: which attributor.
+        convention: ``relative`` or ``paper``; None takes that of the first row of the attributor, so that a run which
+            reports both is drawn once.
+
+    Returns:
+        The rows in their order.
+    """
+    rows = [row for row in result_rows(source) if row["attributor"] == attributor]
+    if convention is None and rows:
+        convention = rows[0].get("damping_convention")
+    return [row for row in rows if convention is None or row.get("damping_convention") in (None, convention)]
+
+
+def _method_columns(row: Row) -> dict[str, Any]:
+    return {
+        "Method": method_label(row["sparsification"], row["projection"]),
+        "Compression": stage_text(row["sparsification"], row["projection"]),
+        "k": row.get("k"),
+    }
+
+
+def _order(row: Row) -> tuple[str, int, int]:
+    return row["attributor"], list(METHODS).index(method_of(row["sparsification"], row["projection"])), row.get("k") or 0
+
+
+def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
+    """An interval as ``0.401 to 0.432``, or nothing where there is none."""
+    if interval is None or any(bound is None or bound != bound for bound in interval):
+        return ""
+    low, high = interval
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
+    """LDS of every attributor and compression with the 95 % interval and the chosen damping.
+
+    Args:
+        source: a run record or result rows.
+
+    Returns:
+        One row per result, ordered by attributor, method and k.
+    """
+    import pandas as pd
+
+    rows = sorted((row for row in result_rows(source) if row.get("lds")), key=_order)
+    several = len({row.get("damping_convention") for row in rows} - {None}) > 1
+    records = []
+    for row in rows:
+        lds = row["lds"]
+        damping = row.get("damping")
+        record = {"Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]), **_method_columns(row)}
+        record |= {"LDS": round(float(lds["mean"]), 4), "95 % interval": interval_text(lds.get("interval"))}
+        record["Damping"] = "" if damping is None else f"{damping:g}"
+        if several:
+            record["Convention"] = row.get("damping_convention") or ""
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") -> pd.DataFrame:
+    """Seconds spent in projection and their ratio to one method at the same k.
+
+    Args:
+        source: a run record or result rows; a compression that appears twice (two damping conventions) is shown once.
+        reference: method whose time is 1 at each k.
+
+    Returns:
+        One row per compression, ordered by method and k. The ratio is missing where the reference was not run at that k.
+    """
+    import pandas as pd
+
+    unique: dict[str, Row] = {}
+    for row in result_rows(source):
+        if row.get("projection_seconds") is not None:
+            unique.setdefault(stage_text(row["sparsification"], row["projection"]), row)
+    rows = sorted(unique.values(), key=lambda row: _order({**row, "attributor": ""}))
+    base = {
+        row.get("k"): float(row["projection_seconds"])
+        for row in rows
+        if method_of(row["sparsification"], row["projection"]) == reference and row["projection_seconds"] > 0
+    }
+    records = []
+    for row in rows:
+        seconds, k = float(row["projection_seconds"]), row.get("k")
+        ratio = round(seconds / base[k], 2) if k in base else None
+        record = {**_method_columns(row), "Projection (s)": float(f"{seconds:.3g}")}
+        records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
+    return pd.DataFrame(records)
+
+
+def table_html(
+    frame: pd.DataFrame,
+    table_id: str,
+    *,
+    caption: str | None = None,
+    page_length: int = 15,
+    embed: bool = False,
+    allow_html: bool = False,
+    **options: Any,
+) -> str:
+    """A sortable, searchable table as HTML that loads nothing from the network.
+
+    Args:
+        frame: what to show; the index is left out.
+        table_id: HTML id; starts with ``dt-`` so that it never meets the id of a section.
+        caption: caption below the table.
+        page_length: rows per page.
+        embed: put the table's script (0.9 MB) into the result. False in a book, which loads it once; True for a notebook
+            opened by hand.
+        allow_html: whether cells hold trusted HTML.
+        **options: more options of DataTables.
+
+    Returns:
+        An HTML fragment; without JavaScript it shows a plain table.
+
+    Raises:
+        UsageError: the id does not start with ``dt-``.
+    """
+    from itables.javascript import generate_init_offline_itables_html, to_html_datatable
+    from itables.utils import find_package_file
+
+    if not table_id.startswith("dt-"):
+        raise UsageError(f"table_id must start with 'dt-', got {table_id!r}; a section may have the same id otherwise")
+    settings: dict[str, Any] = {
+        "connected": False,
+        "classes": "display compact",
+        "style": "width:100%;margin:0;caption-side:bottom",
+        "layout": _LAYOUT,
+        "pageLength": page_length,
+        "lengthMenu": sorted({10, page_length, 50, 250}),
+        "showIndex": False,
+        "autoWidth": False,
+        "maxBytes": 0,
+        "display_logo_when_loading": False,
+        "allow_html": allow_html,
+        "columnDefs": [{"targets": "_all", "className": "dt-left"}],
+        **options,
+    }
+    body = to_html_datatable(frame, caption, table_id=table_id, **settings)
+    script = generate_init_offline_itables_html(find_package_file("html/dt_bundle.js")) if embed else ""
+    return f'{script}<div class="grass-table">{body}</div>'
+
+
+def show_table(frame: pd.DataFrame, table_id: str, **options: Any) -> HTML:
+    """The table of `table_html` as the last value of a notebook cell.
+
+    Args:
+        frame: what to show.
+        table_id: HTML id, starting with ``dt-``.
+        **options: see `table_html`.
+
+    Returns:
+        An IPython HTML object.
+    """
+    from IPython.display import HTML
+
+    return HTML(table_html(frame, table_id, **options))
+
+
+def badge(text: str, kind: str) -> str:
+    """A coloured word for a table cell: the text says it, the colour only repeats it.
+
+    Args:
+        text: the word.
+        kind: suffix of the CSS class ``verdict-...``.
+
+    Returns:
+        An HTML span.
+    """
+    return f'<span class="verdict verdict-{html.escape(kind)}">{html.escape(text)}</span>'
