@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from grass_lib.errors import UsageError
+from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.full import PerSampleGradients
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import Checkpoint, ParameterFilter, check_fit, checkpoint_shapes, load_checkpoint
@@ -233,12 +233,12 @@ def _parse_specs(
     specs: Sequence[CompressionSpec | str] | None, sparsification: str, projection: str
 ) -> tuple[CompressionSpec, ...]:
     if specs is None:
-        return (CompressionSpec.parse(sparsification=sparsification, projection=projection),)
+        return _flat((CompressionSpec.parse(sparsification=sparsification, projection=projection),))
     if sparsification != "identity" or projection != "identity":
         raise UsageError("Both specs= and sparsification=/projection= were given; expected one of the two.")
     if isinstance(specs, str | CompressionSpec):
         raise UsageError(f"specs is {str(specs)!r}; expected a list of compression specs, for example ['sjlt-4096'].")
-    parsed = tuple(spec if isinstance(spec, CompressionSpec) else CompressionSpec.parse(spec) for spec in specs)
+    parsed = _flat(tuple(CompressionSpec.parse(spec) for spec in specs))
     if not parsed:
         raise UsageError("specs is empty; expected at least one compression spec, for example ['sjlt-4096'].")
     names = [str(spec) for spec in parsed]
@@ -246,6 +246,16 @@ def _parse_specs(
     if repeated:
         raise UsageError(f"specs holds {', '.join(repeated)} more than once; expected each spec once.")
     return parsed
+
+
+def _flat(specs: tuple[CompressionSpec, ...]) -> tuple[CompressionSpec, ...]:
+    for spec in specs:
+        if spec.is_factored:
+            raise SpecError(
+                f"{spec} compresses layer by layer, but this attributor works on the gradient of the whole model; "
+                f"expected a flat spec, for example {spec.sparsification.family}-{spec.sparsification.k}."
+            )
+    return specs
 
 
 def _check_checkpoints(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:

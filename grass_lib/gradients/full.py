@@ -122,9 +122,10 @@ class PerSampleGradients:
         return out, values
 
     def _fill(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> None:
-        buffers = {name: value.clone() for name, value in state.buffers.items()}
-
         def value_of(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
+            # Cloned inside the transform, so that a forward pass that counts in a buffer changes a copy.
+            buffers = {name: value.clone() for name, value in state.buffers.items()}
+
             def call(*args: Any, **kwargs: Any) -> Tensor:
                 return functional_call(self.model, (trainable, state.fixed, buffers), args, kwargs)
 

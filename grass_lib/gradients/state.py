@@ -88,7 +88,10 @@ def bind_state(
     chosen = set(names)
 
     def place(name: str, own: Tensor) -> Tensor:
-        return values.get(name, own).detach().to(device=device, dtype=own.dtype)
+        # Copied even where nothing changes: a mapped file or a slice of stacked weights lies unaligned in memory, and
+        # the last bits of a product depend on the alignment.
+        value = values.get(name, own).detach()
+        return value.to(device=device, dtype=own.dtype, copy=True, memory_format=torch.contiguous_format)
 
     parameters = {name: place(name, own) for name, own in model.named_parameters()}
     return ModelState(

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from grass_lib.attribution import topk
+from grass_lib.errors import UsageError
+
+
+def test_proponents_come_down_from_the_top_and_opponents_up_from_the_bottom():
+    scores = torch.tensor([[0.5, 1.0], [-2.0, 0.0], [3.0, -1.0], [0.0, 7.0]])
+    found = topk(scores, 2)
+    assert found.indices.tolist() == [[[2, 0], [1, 3]], [[3, 0], [2, 1]]]
+    assert found.scores.tolist() == [[[3.0, 0.5], [-2.0, 0.0]], [[7.0, 1.0], [-1.0, 0.0]]]
+    assert found.proponents.tolist() == [[2, 0], [3, 0]]
+    assert found.opponents.tolist() == [[1, 3], [2, 1]]
+
+
+def test_equal_scores_are_ordered_by_training_index():
+    found = topk(torch.zeros(50, 3), 4)
+    assert found.indices.tolist() == [[[0, 1, 2, 3], [0, 1, 2, 3]]] * 3
+
+
+def test_many_queries_agree_with_a_plain_sort(monkeypatch):
+    monkeypatch.setattr("grass_lib.attribution.ranking._QUERIES_AT_ONCE", 4)
+    scores = torch.randn(30, 11, generator=torch.Generator().manual_seed(0))
+    found = topk(scores, 30)
+    for query in range(11):
+        order = sorted(range(30), key=lambda i, q=query: float(scores[i, q]))
+        assert found.opponents[query].tolist() == order
+        assert found.proponents[query].tolist() == order[::-1]
+        torch.testing.assert_close(scores[found.indices[query], query], found.scores[query])
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(UsageError, match="k is 5"):
+        topk(torch.zeros(4, 2), 5)
+    with pytest.raises(UsageError, match="k is 0"):
+        topk(torch.zeros(4, 2), 0)
+    with pytest.raises(UsageError, match=r"\(2, 4, 2\)"):
+        topk(torch.zeros(2, 4, 2), 1)
+    with pytest.raises(UsageError, match="NaN"):
+        topk(torch.full((4, 2), torch.nan), 1)
