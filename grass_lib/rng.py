@@ -1,9 +1,9 @@
 """Counter-based random streams: the same integers on every device, in any order and any slice.
 
 A stream is named by ``(seed, name, stage, checkpoint)``; the name is hashed into the 64-bit key of Philox-4x32-10
-(Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and what a number is for becomes
-its 128-bit counter. Nothing is drawn "next": every number can be computed alone, so that results do not depend on batch
-size, chunking, device or the order of layers.
+(Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and what a number is for
+becomes its 128-bit counter. Nothing is drawn "next": every number can be computed alone, so that results do not depend
+on batch size, chunking, device or the order of layers.
 
 Counter layouts, as ``(c0, c1, c2, c3)``; ``c3`` keeps the helpers of one stream apart:
 
@@ -44,7 +44,7 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIER0, _MULTIPLIER1 = 0xD2511F53, 0xCD9E8D57
 _WEYL0, _WEYL1 = 0x9E3779B9, 0xBB67AE85
 _UNIFORM, _NORMAL, _INTEGERS, _DISTINCT, _PERMUTATION, _KEEP = range(1, 7)
-# Six int64 buffers of one chunk: 3 MiB on a CPU (two threads' L2 caches); on a GPU large enough that launches cost little.
+# Six int64 buffers of one chunk: 3 MiB on a CPU, near the caches; on a GPU large enough that launches cost little.
 _CPU_CHUNK, _CUDA_CHUNK = 1 << 16, 1 << 22
 
 
@@ -63,8 +63,8 @@ def philox_(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
         torch.mul(c2, _MULTIPLIER1, out=product1)
         torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
         torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
-        # Words 1 and 3 are the products' low halves. Their high halves may stay: the mask above drops them after the xor.
-        # The even number of swaps leaves the results in the caller's tensors.
+        # Words 1 and 3 are the products' low halves. Their high halves may stay: the mask above drops them after the
+        # xor. The even number of swaps leaves the results in the caller's tensors.
         c1, product1 = product1, c1
         c3, product0 = product0, c3
         k0, k1 = (k0 + _WEYL0) & _LOW, (k1 + _WEYL1) & _LOW
@@ -229,9 +229,9 @@ class Stream:
     def distinct(self, k: int, p: int, *, device: torch.device | str | None = None) -> Tensor:
         """A uniformly random set of ``k`` distinct indices out of ``p``.
 
-        The first min(k, p - k) distinct values of a sequence of uniform 64-bit indices are taken, in order of appearance,
-        and the complement where k > p / 2. So no table of size p is made unless k is of that size, and the result does not
-        depend on how much of the sequence was drawn at once.
+        The first min(k, p - k) distinct values of a sequence of uniform 64-bit indices are taken, in order of
+        appearance, and the complement where k > p / 2. So no table of size p is made unless k is of that size, and the
+        result does not depend on how much of the sequence was drawn at once.
 
         Args:
             k: Number of indices, 0 <= k <= p.

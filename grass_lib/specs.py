@@ -1,39 +1,45 @@
-"""The strings that people type, parsed once and checked before anything is loaded.
+"""The strings that people type, parsed once and validated before any model or data is loaded.
 
-A compression has two stages, each written ``TYPE-DIM``, for example ``--sparsification random_mask-128*128
---projection sjlt-4096``.
+A stage is ``TYPE-DIM`` (flat) or ``TYPE-DIM*DIM`` (factored, output side first); a compression is a sparsification
+and a projection, ``random_mask-128*128->sjlt-4096``. The strings follow the command line of the paper (arXiv
+2505.18976), in lower case.
 """
+
+from __future__ import annotations
 
 import difflib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
-from grass_lib.errors import SpecError
+from grass_lib.errors import SpecError, UsageError
 
-FAMILIES = (
+TYPES = (
     "normal",
     "rademacher",
     "sjlt",
+    "sjlt_c",
     "fjlt",
     "random_mask",
     "selective_mask",
     "grass",
+    "grass_N",
     "selective_grass",
+    "selective_grass_N",
     "identity",
 )
-MASK_FAMILIES = ("random_mask", "selective_mask")
-GRASS_FAMILIES = ("grass", "selective_grass")
-HESSIANS = ("eFIM", "Identity")
-DEFAULT_BLOWUP = 4
-ARROW = "->"
+"""Every type as listed in errors; ``c`` and ``N`` stand for a number."""
 
-_FORMS = (
-    "normal-K, rademacher-K, sjlt-K, sjlt_c-K, fjlt-K, random_mask-K, selective_mask-K, grass-K, grass_N-K, "
-    "selective_grass-K, selective_grass_N-K, identity; K may be DIM*DIM (output side first) for layer-wise stages"
-)
-_STAGE = re.compile(r"(?P<kind>[A-Za-z][A-Za-z_]*?)(?:_(?P<param>\d+))?(?:-(?P<dims>.*))?", re.DOTALL)
-# A dimension is an index into a tensor; this also keeps absurd strings from becoming absurd allocations.
-_LARGEST = 2**31 - 1
+FAMILIES = tuple(name for name in TYPES if not name.endswith(("_c", "_N")))
+"""The types without their number."""
+
+HESSIANS = ("eFIM", "Identity")
+"""Curvatures that influence functions know."""
+
+# What sjlt-K and grass-K mean: one nonzero per column, a mask of 4 K coordinates.
+_DEFAULT_PARAM = {"sjlt": 1, "grass": 4, "selective_grass": 4}
+_MAX_DIM = 2**31 - 1
+_STAGE = re.compile(r"([A-Za-z_]+?)(?:_([0-9]+))?-([0-9]+)(?:\*([0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,12 @@ class StageSpec:
     """One stage of a compression.
 
     Attributes:
-        family: One of ``FAMILIES``.
-        dims: ``()`` for identity, ``(k,)`` for a flat stage, ``(d_out, d_in)`` for a factored one.
-        param: Nonzeros per column of sjlt, N of grass_N; None for the other families.
+        family: One of `FAMILIES`.
+        dims: Output sizes: ``(k,)`` flat, ``(k_output, k_input)`` factored, ``()`` for identity.
+        param: c of ``sjlt_c`` (None is 1), N of ``grass_N`` and ``selective_grass_N`` (None is 4); None elsewhere.
+
+    Raises:
+        SpecError: The fields do not make a valid stage.
     """
 
     family: str
@@ -51,94 +60,81 @@ class StageSpec:
     param: int | None = None
 
     def __post_init__(self) -> None:
+        shown = "-".join([str(self.family), "*".join(map(str, self.dims))]).rstrip("-")
         if self.family not in FAMILIES:
-            raise SpecError(f"family is {self.family!r}; expected one of {', '.join(FAMILIES)}.")
+            raise _error(shown, f"{self.family!r} is not a type")
         if self.family == "identity":
-            if self.dims or self.param is not None:
-                raise SpecError(f"identity takes no dimension; seen dims={self.dims}, param={self.param}.")
-            return
-        if len(self.dims) not in (1, 2) or any(not 1 <= dim <= _LARGEST for dim in self.dims):
-            raise SpecError(f"dims is {self.dims}; expected one or two whole numbers from 1 to {_LARGEST}.")
-        if self.family in GRASS_FAMILIES and len(self.dims) != 1:
-            raise SpecError(
-                f"{self.family} is flat and takes one dimension; seen {self.dims}. A layer-wise GraSS is "
-                "written as the pair random_mask-DIM*DIM, sjlt-K."
-            )
-        if self.family == "sjlt" or self.family in GRASS_FAMILIES:
-            default = 1 if self.family == "sjlt" else DEFAULT_BLOWUP
-            if self.param is None:
-                object.__setattr__(self, "param", default)
-            elif self.param < 1:
-                raise SpecError(f"{self.family}_{self.param}: the number after the underscore must be at least 1.")
-        elif self.param is not None:
-            raise SpecError(f"{self.family} takes no number after an underscore; seen {self.param}.")
+            if self.dims:
+                raise _error(shown, "identity takes no dimension")
+        elif len(self.dims) not in (1, 2):
+            raise _error(shown, f"{self.family} takes one dimension or two, not {len(self.dims)}")
+        default = _DEFAULT_PARAM.get(self.family)
+        if default is None and self.param is not None:
+            raise _error(shown, f"{self.family} takes no number after its name, and {self.param} was given")
+        if self.param is None:
+            object.__setattr__(self, "param", default)
+        numbers = (*self.dims, *(() if self.param is None else (self.param,)))
+        for number in numbers:
+            if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MAX_DIM:
+                raise _error(shown, f"{number!r} is not a whole number from 1 to {_MAX_DIM}")
 
     @classmethod
-    def parse(cls, text: str) -> "StageSpec":
-        """Reads one stage.
+    def parse(cls, text: str) -> StageSpec:
+        """Parses ``identity``, ``TYPE-DIM`` or ``TYPE-DIM*DIM``; whitespace around it is ignored.
 
         Args:
-            text: For example ``"sjlt-4096"``, ``"grass_8-2048"``, ``"random_mask-128*64"`` or ``"identity"``.
+            text: For example ``sjlt-4096``, ``grass_8-1024`` or ``random_mask-128*64``.
 
         Returns:
-            The stage; ``str(stage)`` is its canonical form.
+            The stage; ``str()`` of it is the canonical form.
 
         Raises:
-            SpecError: With the string, what is wrong with it, the nearest valid form and the list of types.
+            SpecError: The string is not a valid stage; the message names the nearest valid form.
         """
         if not isinstance(text, str):
-            raise SpecError(f"A compression stage is a string such as 'sjlt-4096'; seen {text!r}.")
+            raise SpecError(f"a spec is {text!r} of type {type(text).__name__}; expected a string such as 'sjlt-4096'")
         stripped = text.strip()
+        if stripped == "identity":
+            return cls("identity")
+        if stripped.partition("-")[0] == "identity":
+            raise _error(text, "identity takes no dimension")
         match = _STAGE.fullmatch(stripped)
         if match is None:
-            raise _wrong(text, "it is not of the form TYPE-DIM", "sjlt-4096")
-        kind, dims = match["kind"], match["dims"]
-        param = None if match["param"] is None else int(match["param"])
-        suffix = "" if dims is None else f"-{dims}"
-        family = kind
+            raise _error(text, _what_is_wrong(stripped))
+        family, param, *dims = match.groups()
         if family not in FAMILIES:
-            near = _nearest_family(kind)
-            number = f"_{param}" if param is not None and (near == "sjlt" or near in GRASS_FAMILIES) else ""
-            hint = near if near == "identity" else f"{near}{number}{suffix or '-4096'}"
-            raise _wrong(text, f"{kind!r} is not a type", _valid_or(hint, near))
-        if family == "identity":
-            if dims is not None or param is not None:
-                raise _wrong(text, "identity takes no dimension", "identity")
-            return cls("identity")
-        if dims is None:
-            raise _wrong(text, "the dimension is missing", f"{stripped}-4096")
-        sizes = _parse_dims(text, dims, family)
-        if family in GRASS_FAMILIES and len(sizes) == 2:
-            raise _wrong(
-                text, f"{family} is flat and takes one dimension", f"{family}-{min(sizes[0] * sizes[1], _LARGEST)}"
-            )
-        if param is not None and not (family == "sjlt" or family in GRASS_FAMILIES):
-            raise _wrong(text, f"{family} takes no number after an underscore", f"{family}-{dims}")
-        if param is not None and param < 1:
-            raise _wrong(text, f"the number in {family}_{param} must be at least 1", f"{family}-{dims}")
-        return cls(family, sizes, param)
+            written = stripped.partition("-")[0]
+            hint = "" if family.islower() else " (types are lower case)"
+            raise _error(text, f"{written!r} is not a type{hint}")
+        if param is not None and family not in _DEFAULT_PARAM:
+            raise _error(text, f"{family} takes no number after its name, and _{param} was given")
+        numbers = [number for number in (param, *dims) if number is not None]
+        for number in numbers:
+            if number.startswith("0") or int(number) > _MAX_DIM:
+                raise _error(text, f"{number!r} is not a whole number from 1 to {_MAX_DIM}, without leading zeros")
+        return cls(family, tuple(int(dim) for dim in dims if dim is not None), None if param is None else int(param))
 
     @property
     def k(self) -> int | None:
-        """Output dimension, the product of the dims; None for identity."""
+        """Output size: the product of the dimensions; None for identity."""
         if not self.dims:
             return None
         return self.dims[0] if len(self.dims) == 1 else self.dims[0] * self.dims[1]
 
     @property
     def is_identity(self) -> bool:
-        """Whether the stage leaves its input as it is."""
+        """Whether the stage changes nothing."""
         return self.family == "identity"
 
     @property
     def is_factored(self) -> bool:
-        """Whether the stage acts on the two sides of a layer separately."""
+        """Whether the stage acts on the two sides of a layer's gradient, ``TYPE-DIM*DIM``."""
         return len(self.dims) == 2
 
     @property
     def is_mask(self) -> bool:
-        """Whether the stage keeps coordinates and does nothing else."""
-        return self.family in MASK_FAMILIES
+        """Whether the stage only keeps some coordinates."""
+        return self.family in ("random_mask", "selective_mask")
 
     @property
     def needs_mask_file(self) -> bool:
@@ -147,164 +143,197 @@ class StageSpec:
 
     @property
     def mask_size(self) -> int | None:
-        """Number of coordinates that a flat mask or grass stage keeps before projecting; None for other stages."""
-        if self.is_mask and not self.is_factored:
-            return self.dims[0]
-        if self.family in GRASS_FAMILIES:
-            return self.dims[0] * (self.param or DEFAULT_BLOWUP)
-        return None
+        """Number of coordinates that a flat mask, grass or selective stage keeps; None for the other types."""
+        if self.is_factored or self.k is None:
+            return None
+        if self.is_mask:
+            return self.k
+        return self.k * (self.param or 1) if self.family in ("grass", "selective_grass") else None
+
+    def check_input(self, p: int) -> None:
+        """Checks that a flat stage can take inputs of size ``p``.
+
+        Raises:
+            SpecError: ``p`` is smaller than what the type needs: k for masks and fjlt, N*k for grass.
+        """
+        needed = self.k if self.family == "fjlt" else self.mask_size
+        if self.is_factored or needed is None or needed <= p:
+            return
+        largest = p // ((self.param or 1) if self.family.endswith("grass") else 1)
+        nearest = str(StageSpec(self.family, (largest,), self.param)) if largest else f"sjlt-{self.k}"
+        raise _error(
+            str(self),
+            f"it needs at least {needed} input coordinates, and there are {p} (only sjlt, normal and rademacher may have "
+            "more outputs than inputs)",
+            nearest,
+        )
 
     def __str__(self) -> str:
-        if self.is_identity:
-            return self.family
-        default = 1 if self.family == "sjlt" else DEFAULT_BLOWUP
-        number = f"_{self.param}" if self.param is not None and self.param != default else ""
-        return f"{self.family}{number}-{'*'.join(map(str, self.dims))}"
+        number = "" if self.param == _DEFAULT_PARAM.get(self.family) else f"_{self.param}"
+        return self.family + number + ("-" if self.dims else "") + "*".join(map(str, self.dims))
 
     @property
     def slug(self) -> str:
-        """The canonical form without ``*``, for file names."""
+        """The canonical form for file names: ``*`` written as ``x``."""
         return str(self).replace("*", "x")
 
 
 @dataclass(frozen=True)
 class CompressionSpec:
-    """Both stages of a compression: sparsification, then projection.
+    """Both stages of a compression.
 
     Attributes:
-        sparsification: First stage.
-        projection: Second stage; on a factored first stage it acts on the flattened result.
+        sparsification: First stage, flat or factored.
+        projection: Second stage, flat; its input is the first stage's output.
+
+    Raises:
+        SpecError: The projection is factored, or needs more inputs than the sparsification gives.
     """
 
     sparsification: StageSpec
     projection: StageSpec
 
     def __post_init__(self) -> None:
-        first, second = self.sparsification, self.projection
-        if second.is_factored:
-            raise SpecError(
-                f"projection is {second}, but the projection acts on a flat vector and takes one dimension; "
-                f"nearest valid form: {second.family}-{second.k}. A factored stage is a sparsification."
+        if self.projection.is_factored:
+            raise _error(
+                str(self.projection),
+                "a projection is flat, TYPE-DIM, and only a sparsification can be factored, TYPE-DIM*DIM",
+                f"{self.projection.family}-{self.projection.k} (or '{self.projection}->identity')",
             )
-        if first.is_factored and second.family in GRASS_FAMILIES:
-            raise SpecError(
-                f"{first}{ARROW}{second}: {second.family} already holds a mask and belongs on whole gradients; "
-                f"nearest valid form: {first}{ARROW}sjlt-{second.k}."
-            )
+        if self.sparsification.k is not None:
+            self.projection.check_input(self.sparsification.k)
 
     @classmethod
     def parse(
         cls,
-        text: "str | CompressionSpec | None" = None,
+        text: str | None = None,
         *,
-        sparsification: str = "identity",
-        projection: str = "identity",
-    ) -> "CompressionSpec":
-        """Reads a compression from its two stages or from one string.
+        sparsification: str | StageSpec = "identity",
+        projection: str | StageSpec = "identity",
+    ) -> CompressionSpec:
+        """Parses one string, or the two stages by name.
 
         Args:
-            text: ``"A->B"``, or only ``"B"`` for a projection without a sparsification, instead of the pair.
-            sparsification: First stage.
-            projection: Second stage.
+            text: ``A->B``, or ``B`` alone where nothing is sparsified first.
+            sparsification: First stage, when ``text`` is None.
+            projection: Second stage, when ``text`` is None.
 
         Returns:
-            The compression; ``str(spec)`` can be parsed back.
+            The compression; ``str()`` of it gives the canonical string, which parses to the same.
 
         Raises:
-            SpecError: If a stage is wrong, or both forms are given.
+            SpecError: A stage is invalid, the two do not fit, or both forms are used at once.
         """
-        if isinstance(text, CompressionSpec):
-            return text
-        if text is None:
-            return cls(StageSpec.parse(sparsification), StageSpec.parse(projection))
-        if sparsification != "identity" or projection != "identity":
-            raise SpecError(f"Both {text!r} and sparsification=/projection= were given; expected one of the two.")
-        if not isinstance(text, str):
-            raise SpecError(f"A compression is a string such as 'random_mask-128*128->sjlt-4096'; seen {text!r}.")
-        stages = text.split(ARROW)
-        if len(stages) > 2:
-            raise _wrong(text, f"it has {len(stages)} stages", ARROW.join(stage.strip() for stage in stages[:2]))
-        if len(stages) == 2:
-            return cls(StageSpec.parse(stages[0]), StageSpec.parse(stages[1]))
-        only = StageSpec.parse(stages[0])
-        if only.is_factored:
-            return cls(only, StageSpec("identity"))
-        return cls(StageSpec("identity"), only)
+        if text is not None:
+            if sparsification != "identity" or projection != "identity":
+                raise SpecError(
+                    f"{text!r} was given together with sparsification={str(sparsification)!r}, "
+                    f"projection={str(projection)!r}; give either one string or the two stages"
+                )
+            if not isinstance(text, str):
+                raise SpecError(
+                    f"a spec is {text!r} of type {type(text).__name__}; expected a string such as "
+                    "'random_mask-128*128->sjlt-4096'"
+                )
+            parts = text.split("->")
+            if len(parts) > 2:
+                raise _error(
+                    text,
+                    f"it has {len(parts)} stages, and one or two were expected (PROJECTION, or SPARSIFICATION->PROJECTION)",
+                    f"{_nearest(parts[0])}->{_nearest(parts[-1].partition('*')[0])}",
+                )
+            projection = parts[-1]
+            sparsification = parts[0] if len(parts) == 2 else "identity"
+        first = sparsification if isinstance(sparsification, StageSpec) else StageSpec.parse(sparsification)
+        second = projection if isinstance(projection, StageSpec) else StageSpec.parse(projection)
+        return cls(first, second)
 
     @property
     def k(self) -> int | None:
-        """Output dimension per vector (or per layer for factored stages); None where both stages are identity."""
+        """Final output size (per layer for factored specs); None when both stages are identity."""
         return self.sparsification.k if self.projection.is_identity else self.projection.k
 
     @property
     def is_factored(self) -> bool:
-        """Whether the first stage acts on the two sides of a layer."""
+        """Whether the sparsification acts on the two sides of a layer's gradient."""
         return self.sparsification.is_factored
+
+    @property
+    def needs_mask_file(self) -> bool:
+        """Whether a stage takes its coordinates from a mask file."""
+        return self.sparsification.needs_mask_file or self.projection.needs_mask_file
 
     def __str__(self) -> str:
         if self.sparsification.is_identity:
             return str(self.projection)
-        return f"{self.sparsification}{ARROW}{self.projection}"
+        return f"{self.sparsification}->{self.projection}"
 
-    @property
+    @cached_property
     def slug(self) -> str:
-        """The canonical form without ``*`` and ``>``, for file names."""
-        return str(self).replace(ARROW, "__").replace("*", "x")
+        """The canonical form for file names: ``*`` written as ``x`` and ``->`` as ``__``."""
+        return str(self).replace("->", "__").replace("*", "x")
 
 
 def parse_hessian(text: str) -> str:
-    """Reads the name of a Hessian: ``eFIM`` or ``Identity``.
+    """Checks the name of a curvature.
+
+    Args:
+        text: One of `HESSIANS`; whitespace around it is ignored.
+
+    Returns:
+        The name.
 
     Raises:
-        SpecError: If it is something else.
+        UsageError: Another name; the message gives the nearest one.
     """
-    if text in HESSIANS:
-        return text
-    near = next((name for name in HESSIANS if name.lower() == str(text).strip().lower()), HESSIANS[0])
-    raise SpecError(f"hessian is {text!r}; expected one of {', '.join(HESSIANS)}; nearest valid form: {near}.")
+    name = text.strip() if isinstance(text, str) else text
+    if name in HESSIANS:
+        return name
+    folded = {hessian.lower(): hessian for hessian in HESSIANS}
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.0)
+    raise UsageError(
+        f"{text!r} is not a Hessian; nearest valid form: {folded[close[0]]}. Hessians: {', '.join(HESSIANS)}"
+    )
 
 
-def _parse_dims(text: str, dims: str, family: str) -> tuple[int, ...]:
-    parts = dims.split("*")
-    if len(parts) > 2:
-        raise _wrong(text, f"{dims!r} has {len(parts)} dimensions, at most 2 are allowed", f"{family}-64*64")
-    sizes = []
-    for part in parts:
-        # str.isdigit accepts other scripts' digits and int() accepts signs, blanks and underscores.
-        if not re.fullmatch(r"[0-9]+", part):
-            digits = re.sub(r"[^0-9]", "", part) or "4096"
-            near = "*".join([str(min(max(int(digits), 1), _LARGEST))] * len(parts))
-            raise _wrong(text, f"{part!r} is not a whole number", f"{family}-{near}")
-        if not 1 <= int(part) <= _LARGEST:
-            near = "*".join([str(min(max(int(part), 1), _LARGEST))] * len(parts))
-            raise _wrong(text, f"{part} is not between 1 and {_LARGEST}", f"{family}-{near}")
-        sizes.append(int(part))
-    return tuple(sizes)
+def _what_is_wrong(text: str) -> str:
+    """Says why a string does not have the form of a stage."""
+    name, dash, dims = text.partition("-")
+    if not text:
+        return "it is empty"
+    if "->" in text:
+        return "it has two stages, and one was expected here"
+    if re.sub(r"_?[0-9]+$", "", name.lower()) not in FAMILIES:
+        return f"{name!r} is not a type"
+    if not dash or not dims:
+        return "the dimension is missing (TYPE-DIM or TYPE-DIM*DIM)"
+    if re.fullmatch(r"[0-9*]+", dims) and dims.count("*") > 1:
+        return f"it has {dims.count('*') + 1} dimensions, and one or two were expected"
+    if not re.fullmatch(r"[0-9]+(\*[0-9]+)?", dims):
+        return f"{dims!r} is not a dimension (DIM or DIM*DIM, whole numbers)"
+    return f"{name!r} is not a type"
 
 
-def _nearest_family(kind: str) -> str:
-    lowered = kind.lower().strip("_")
-    if lowered in FAMILIES:
-        return lowered
-    aliases = {
-        "gaussian": "normal",
-        "gauss": "normal",
-        "random": "random_mask",
-        "mask": "random_mask",
-        "selective": "selective_mask",
-    }
-    if lowered in aliases:
-        return aliases[lowered]
-    return (difflib.get_close_matches(lowered, FAMILIES, n=1, cutoff=0.0) or ["sjlt"])[0]
+def _nearest(text: str) -> str:
+    """The valid stage that looks most like ``text``."""
+    name, _, rest = text.strip().lower().partition("-")
+    rest = re.sub(r"(?<=[0-9])[_, ](?=[0-9])", "", rest)
+    letters = re.match(r"[a-z_ ]*", name)
+    stem = (letters.group() if letters else "").strip("_ ").replace(" ", "_")
+    family = difflib.get_close_matches(stem, FAMILIES, n=1, cutoff=0.5) or ["sjlt"]
+    if family[0] == "identity":
+        return "identity"
+    # A number glued to the name is its parameter, where the type has one and a dimension follows; else the dimension.
+    glued = [int(number) for number in re.findall(r"[0-9]+", name)]
+    dims = [int(number) for number in re.findall(r"[0-9]+", rest)]
+    param = None
+    if glued and (family[0] in _DEFAULT_PARAM) and dims:
+        param = glued[0] or None
+    elif not dims:
+        dims = glued
+    usable = tuple(dim for dim in dims if 1 <= dim <= _MAX_DIM)[:2] or (4096,)
+    return str(StageSpec(family[0], usable, param if param is None or param <= _MAX_DIM else None))
 
 
-def _valid_or(hint: str, family: str) -> str:
-    """The hint where it parses, else the shortest valid form of its family."""
-    try:
-        return str(StageSpec.parse(hint))
-    except SpecError:
-        return "identity" if family == "identity" else f"{family}-4096"
-
-
-def _wrong(text: str, problem: str, nearest: str) -> SpecError:
-    return SpecError(f"{text!r} is not a valid compression: {problem}; nearest valid form: {nearest}. Types: {_FORMS}.")
+def _error(text: str, reason: str, nearest: str | None = None) -> SpecError:
+    return SpecError(f"{text!r}: {reason}; nearest valid form: {nearest or _nearest(text)}. Types: {', '.join(TYPES)}")
