@@ -95,7 +95,7 @@ def _is_thebe(item: Any) -> bool:
 
 
 def setup(app: Any) -> dict[str, Any]:
-    """Registers the extension; collects the runs first where `grass book` has not done it (a plain ``jupyter-book build``)."""
+    """Registers the extension; collects the runs where `grass book` has not (a plain ``jupyter-book build``)."""
     if not (GENERATED / "substitutions.json").is_file():
         sys.path.insert(0, str(ROOT))
         from grass_lib.report.book import assemble

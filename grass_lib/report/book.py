@@ -1,7 +1,7 @@
 """Collects the verified runs into the book and builds it, offline and without a warning.
 
-`assemble` fills two generated folders, ``book/executed/`` (pages from runs) and ``book/_generated/`` (tables, figures and
-numbers that pages include); `build` calls it and then Jupyter Book.
+`assemble` fills two generated folders, ``book/executed/`` (pages from runs) and ``book/_generated/`` (tables, figures
+and numbers that pages include); `build` calls it and then Jupyter Book.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import GrassError, RecordError, UsageError
-from grass_lib.report.pages import Page, pages_in_toc, stub, to_page
+from grass_lib.report.pages import Page, changed_parameters, pages_in_toc, stub, to_page
 
 if TYPE_CHECKING:
     from grass_lib.report.record import RunRecord
@@ -39,11 +39,6 @@ class Shown:
     page: Page
     folder: Path
     record: RunRecord
-
-
-def runs_root(root: Path) -> Path:
-    """Folder of the runs: ``GRASS_RUNS``, or ``runs`` below the root."""
-    return Path(os.environ.get("GRASS_RUNS") or root / "runs")
 
 
 def _records(folders: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
@@ -71,6 +66,7 @@ def newest_verified(root: Path, page: Page) -> tuple[Shown | None, list[str]]:
     Returns:
         The run or None, and one line per run that exists but does not verify.
     """
+    from grass_lib.project import runs_root
     from grass_lib.runner import verify_run
 
     refused: list[str] = []
@@ -111,7 +107,9 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
             (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
             continue
         notebook = nbformat.read(found.folder / "notebook.ipynb", as_version=4)
-        nbformat.write(to_page(notebook, found.record, page), executed / f"{page.stem}.ipynb")
+        nbformat.write(
+            to_page(notebook, found.record, page, changed_parameters(found.folder)), executed / f"{page.stem}.ipynb"
+        )
         shutil.copyfile(found.folder / "notebook.ipynb", notebooks / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "record.json", records / f"{page.stem}.json")
         shown.append(found)
@@ -125,7 +123,10 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     ranked = sorted(shown, key=lambda item: item.page.scale != "paper")
     if not ranked:
         command = pages[0].command if pages else "grass run"
-        return f":::{{admonition}} No run yet\n:class: warning\nThis figure is drawn from a run. Make one: `{command}`, then `grass book`.\n:::\n"
+        return (
+            ":::{admonition} No run yet\n:class: warning\n"
+            f"The figure of this page is drawn from a run. Make one: `{command}`, then `grass book`.\n:::\n"
+        )
     best = ranked[0]
     files = draw_record(best.record, folder)
     image = next(path for path in files if path.name.endswith("_lds.svg"))
@@ -143,7 +144,7 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     )
 
 
-def _substitutes(rows: list[Mapping[str, object]], folder: Path) -> None:
+def _substitutes(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from grass_lib.report.generated import substitutions
 
     (folder / "substitutions.json").write_text(json.dumps(substitutions(rows), indent=1) + "\n", encoding="utf-8")
@@ -165,19 +166,20 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.interactive import published_figure_html
     from grass_lib.report.ledger import ledger_rows
     from grass_lib.report.published import published_rows
+    from grass_lib.runner import verified_records
 
     root = Path(root).resolve()
     if not (root / "_toc.yml").is_file():
         raise UsageError(f"no _toc.yml in {root.name}/, expected the root of the repository; run from there")
     executed, generated = _fresh(root / "book" / "executed"), _fresh(root / "book" / "_generated")
     shown = _write_pages(root, executed, generated)
-    rows = ledger_rows([item.record for item in shown])
+    rows = ledger_rows(verified_records(root, scale="paper"))
     write_ledger(rows, generated)
     _substitutes(rows, generated)
-    documents = {item.page.experiment: [] for item in shown}
-    for page in pages_in_toc(root / "_toc.yml"):
-        documents.setdefault(page.experiment, []).append(f"executed/{page.stem}")
     pages = pages_in_toc(root / "_toc.yml")
+    documents: dict[str, list[str]] = {}
+    for page in pages:
+        documents.setdefault(page.experiment, []).append(f"executed/{page.stem}")
     (generated / "pairs.md").write_text(pair_sections(rows, documents), encoding="utf-8")
     (generated / "verdicts.md").write_text(verdict_table(rows), encoding="utf-8")
     (generated / "headline.md").write_text(_headline(shown, pages, generated / "figures"), encoding="utf-8")

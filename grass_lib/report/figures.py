@@ -110,7 +110,7 @@ def lds_figure(
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         for place, name in enumerate(names):
             style = METHODS[name]
-            shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))  # side by side, so that the bars do not cover each other
+            shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))  # so that bars do not cover each other
             if name in groups:
                 rows = groups[name]
                 means = [row["lds"]["mean"] for row in rows]

@@ -79,8 +79,8 @@ def image_gallery(
         A matplotlib figure.
 
     Raises:
-        UsageError: no query, more thumbnails than `MAX_THUMBNAILS`, a query that does not exist, or fewer ranked samples
-            than `per_side`.
+        UsageError: no query, more thumbnails than `MAX_THUMBNAILS`, a query that does not exist, or fewer ranked
+            samples than `per_side`.
     """
     import matplotlib.pyplot as plt
 
@@ -105,7 +105,7 @@ def image_gallery(
         figure, grid = plt.subplots(
             len(queries),
             len(widths),
-            figsize=(0.98 * sum(widths), 1.5 * len(queries) + 0.35),
+            figsize=(0.76 * sum(widths), 1.28 * len(queries) + 0.3),
             gridspec_kw={"width_ratios": widths},
             squeeze=False,
             layout="constrained",

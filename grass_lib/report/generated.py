@@ -1,4 +1,4 @@
-"""Generated parts of the book's pages: the ledger's tables, the numbers quoted in the prose, the overview of the pairs."""
+"""Generated parts of the book's pages: the ledger's tables, numbers quoted in the prose, the overview of the pairs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from grass_lib.report.pairs import PAIRS
 from grass_lib.report.published import published_claims, published_rows, published_source
-from grass_lib.report.style import ATTRIBUTOR_TITLES, experiment_title, method_label, method_of, stage_text
-from grass_lib.report.tables import badge, interval_text, table_html
+from grass_lib.report.style import experiment_title, method_label, method_of, stage_text
+from grass_lib.report.tables import badge, interval_text, table_html, with_formats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,13 +31,29 @@ def _key(row: LedgerRow) -> tuple[Any, ...]:
 
 
 def _common(row: LedgerRow) -> dict[str, Any]:
+    if row["projection"] is None:  # a claim about a whole method, not about one compression
+        return {"Pair": experiment_title(row["experiment"]), "Method": "FactGraSS", "Compression": "", "k": ""}
     return {
         "Pair": experiment_title(row["experiment"]),
-        "Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]),
         "Method": method_label(row["sparsification"], row["projection"]),
-        "Compression": html.escape(stage_text(row["sparsification"], row["projection"])),
+        "Compression": html.escape(stage_text(row["sparsification"], row["projection"])).replace(
+            "-&gt;", " &rarr;<br>"
+        ),
         "k": row["k"],
     }
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} % faster"
+
+
+def _reason(row: LedgerRow) -> str:
+    """The reason behind a click, open at once where ours differs."""
+    reason = str(row.get("reason") or "")
+    if not reason:
+        return ""
+    state = " open" if row["verdict"] == "differs" else ""
+    return f"<details{state}><summary>why</summary>{html.escape(reason)}</details>"
 
 
 def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
@@ -58,19 +74,17 @@ def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
         is_lds = row["metric"] == "lds"
         published, measured = row.get("published"), row.get("measured")
         difference = measured - published if is_lds and measured is not None and published is not None else None
-        record = _common(row) if is_lds else {"Pair": experiment_title(row["experiment"]), "Method": "FactGraSS"}
-        if not is_lds:
-            record |= {"Attributor": "throughput", "Compression": html.escape(str(row.get("projection") or "")), "k": None}
-        record |= {
-            "Published": round(published, 4) if isinstance(published, int | float) else html.escape(str(published or "")),
-            "Measured": None if measured is None else round(measured, 4),
+        record = _common(row) | {
+            "Published": published if is_lds else _percent(published),
+            "Measured": measured if is_lds else _percent(measured),
             "95 % interval": interval_text(row.get("interval")),
             "Difference": None if difference is None else f"{difference:+.4f}",
             "Verdict": _verdict_badge(row["verdict"]),
-            "Reason": html.escape(str(row.get("reason") or "")),
+            "Reason": _reason(row),
         }
         records.append(record)
-    return pd.DataFrame(records, dtype=object).fillna("")
+    frame = pd.DataFrame(records, dtype=object).fillna("")
+    return with_formats(frame, {"Published": "{:.4f}", "Measured": "{:.4f}"})
 
 
 def _ratios(rows: Sequence[LedgerRow], field: str) -> dict[tuple[Any, ...], float]:
@@ -107,13 +121,22 @@ def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
             {
                 **_common(row),
                 "Published (s)": row["published"],
-                "Published, times SJLT": round(published[key], 2) if key in published else None,
-                "Measured (s)": None if row.get("measured") is None else float(f"{row['measured']:.3g}"),
-                "Measured, times SJLT": round(measured[key], 2) if key in measured else None,
+                "Times SJLT": published.get(key),
+                "Measured (s)": row.get("measured"),
+                "Measured, times SJLT": measured.get(key),
                 "Verdict": _verdict_badge(row["verdict"]),
             }
         )
-    return pd.DataFrame(records, dtype=object).fillna("")
+    frame = pd.DataFrame(records, dtype=object).fillna("")
+    ratio, seconds = "{:.2f}", "{:.3g}"
+    formats = {"Published (s)": seconds, "Times SJLT": ratio, "Measured (s)": seconds, "Measured, times SJLT": ratio}
+    return with_formats(frame, formats)
+
+
+def _words(number: int) -> str:
+    """A small number spelled out, as running text wants it."""
+    names = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return names[number] if number < len(names) else str(number)
 
 
 def substitutions(rows: Sequence[LedgerRow]) -> dict[str, str]:
@@ -135,8 +158,8 @@ def substitutions(rows: Sequence[LedgerRow]) -> dict[str, str]:
     }
     values = {
         "n_published": str(len(published)),
-        "n_pairs": str(len(PAIRS)),
-        "n_pairs_with_lds": str(len({row["experiment"] for row in published})),
+        "n_pairs": _words(len(PAIRS)),
+        "n_pairs_with_lds": _words(len({row["experiment"] for row in published})).capitalize(),
         "published_source": published_source(),
         "throughput_claim": published_claims()[0]["claim"],
         "throughput_protocol": published_claims()[0]["protocol"],
@@ -160,7 +183,7 @@ def verdict_table(rows: Sequence[LedgerRow]) -> str:
     for pair in PAIRS:
         counts = Counter(row["verdict"] for row in rows if row["experiment"] == pair.name and row["metric"] == "lds")
         cells = [str(counts[name]) for name in VERDICTS] if counts else [""] * len(VERDICTS)
-        total = str(sum(counts.values())) if counts else "none"
+        total = str(sum(counts.values())) if counts else "none; one claim"
         lines.append(f"| {experiment_title(pair.name)} | {total} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -180,7 +203,10 @@ def pair_sections(rows: Sequence[LedgerRow], shown: Mapping[str, Sequence[str]])
         counts = Counter(row["verdict"] for row in rows if row["experiment"] == pair.name and row["metric"] == "lds")
         total = sum(counts.values())
         compared = total - counts["not run"]
-        published = f"{total} published LDS values, {compared} of them compared" if total else "one published claim, on throughput"
+        if total:
+            published = f"{total} published LDS values, {_words(compared)} of them compared with a measurement"
+        else:
+            published = "one published claim, on throughput"
         links = ", ".join(f"{{doc}}`{doc}`" for doc in shown.get(pair.name, ()))
         status = f"Pages: {links}." if links else "No page yet: its published values are in the ledger as *not run*."
         if not links and not total:
@@ -200,6 +226,21 @@ def pair_sections(rows: Sequence[LedgerRow], shown: Mapping[str, Sequence[str]])
     return "\n".join(parts)
 
 
+def _filterable(frame: pd.DataFrame, table_id: str, page_length: int) -> str:
+    """A table whose columns of names have a menu to filter by value; every column sorts."""
+    menus = [place for place, name in enumerate(frame.columns) if name in ("Pair", "Method", "Verdict")]
+    return table_html(
+        frame,
+        table_id,
+        page_length=page_length,
+        allow_html=True,
+        columnDefs=[
+            {"targets": "_all", "className": "dt-left"},
+            {"targets": menus, "columnControl": [["searchList"]]},
+        ],
+    )
+
+
 def write_ledger(rows: Sequence[LedgerRow], folder: Path) -> None:
     """Writes the ledger as HTML tables, CSV and JSON.
 
@@ -207,22 +248,8 @@ def write_ledger(rows: Sequence[LedgerRow], folder: Path) -> None:
         rows: ledger rows.
         folder: ``book/_generated``.
     """
-    main = table_html(
-        lds_ledger(rows),
-        "dt-ledger",
-        page_length=25,
-        allow_html=True,
-        columnControl=["order", ["searchList"]],
-        ordering={"indicators": False, "handler": True},
-    )
-    times = table_html(
-        seconds_ledger(rows),
-        "dt-ledger-seconds",
-        page_length=10,
-        allow_html=True,
-        columnControl=["order", ["searchList"]],
-        ordering={"indicators": False, "handler": True},
-    )
+    main = _filterable(lds_ledger(rows), "dt-ledger", page_length=25)
+    times = _filterable(seconds_ledger(rows), "dt-ledger-seconds", page_length=10)
     (folder / "ledger.html").write_text(main + "\n", encoding="utf-8")
     (folder / "ledger_seconds.html").write_text(times + "\n", encoding="utf-8")
     (folder / "ledger.json").write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
@@ -33,6 +33,7 @@ def _figure(y_title: str) -> go.Figure:
         margin={"l": 56, "r": 12, "t": 16, "b": 48},
         height=460,
         hoverlabel={"font": {"size": 13}},
+        modebar={"bgcolor": _CLEAR, "color": NEUTRAL, "activecolor": NEUTRAL},
         legend={"orientation": "h", "y": -0.2, "x": 0, "yanchor": "top"},
         xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension"}},
         yaxis={**axis, "title": {"text": y_title}},
@@ -43,6 +44,12 @@ def _figure(y_title: str) -> go.Figure:
 def _k_ticks(figure: go.Figure, ks: Iterable[int]) -> None:
     values = sorted(set(ks))
     figure.update_xaxes(tickvals=values, ticktext=[f"{k:,}" for k in values], minor={"ticks": ""})
+
+
+def _hover(row: Row) -> str:
+    text = stage_text(row["sparsification"], row["projection"])
+    interval = interval_text(row["lds"].get("interval"))
+    return f"{text}<br>95 % interval {interval}" if interval else text
 
 
 def _measured_trace(name: str, rows: list[Row]) -> dict[str, Any]:
@@ -64,10 +71,7 @@ def _measured_trace(name: str, rows: list[Row]) -> dict[str, Any]:
             "arrayminus": [max(mean - low, 0.0) for mean, (low, _) in zip(means, bounds, strict=True)],
             "thickness": 1.2,
         },
-        "text": [
-            f"{stage_text(row['sparsification'], row['projection'])}<br>95 % interval {interval_text(row['lds'].get('interval'))}"
-            for row in rows
-        ],
+        "text": [_hover(row) for row in rows],
         "hovertemplate": "%{text}<br>LDS %{y:.3f}<extra></extra>",
     }
 
@@ -87,6 +91,20 @@ def _published_trace(name: str, rows: list[Row]) -> dict[str, Any]:
     }
 
 
+def _ceiling_trace(noise_ceiling: Mapping[str, Any], ks: Sequence[int]) -> dict[str, Any]:
+    interval = interval_text(noise_ceiling.get("interval"))
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "noise ceiling",
+        "x": [min(ks, default=1), max(ks, default=1)],
+        "y": [noise_ceiling["mean"]] * 2,
+        "line": {"color": NEUTRAL, "width": 2, "dash": "dot"},
+        "text": [f"95 % interval {interval}" if interval else ""] * 2,
+        "hovertemplate": "noise ceiling %{y:.3f}<br>%{text}<extra></extra>",
+    }
+
+
 def _fragment(figure: go.Figure, div_id: str, embed: bool) -> str:
     if not div_id.startswith("plotly-"):
         raise UsageError(f"div_id must start with 'plotly-', got {div_id!r}; a section may have the same id otherwise")
@@ -94,7 +112,7 @@ def _fragment(figure: go.Figure, div_id: str, embed: bool) -> str:
         full_html=False,
         include_plotlyjs=embed,
         div_id=div_id,
-        config={"responsive": True, "displaylogo": False, "showTips": False},
+        config={"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage", "resetScale2d"]]},
         default_height="460px",
     )
     return f'<div class="grass-interactive">{body}</div>'
@@ -119,8 +137,8 @@ def lds_figure_html(
         noise_ceiling: ``{mean, interval}``; drawn as a dotted line.
         attributor: which attributor's rows.
         convention: which damping convention; None takes that of the first row.
-        embed: put plotly.js (4.8 MB) into the result. False in a book, which loads it once; True for a notebook opened by
-            hand.
+        embed: put plotly.js (4.8 MB) into the result. False in a book, which loads it once; True for a notebook opened
+            by hand.
 
     Returns:
         An HTML fragment.
@@ -131,14 +149,15 @@ def lds_figure_html(
     figure = _figure("LDS, mean over queries")
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
     paper = series(comparable(published), "lds")
+    ks = sorted({row["k"] for rows in (*groups.values(), *paper.values()) for row in rows})
     for name in METHODS:
         if name in groups:
             figure.add_trace(_measured_trace(name, groups[name]))
         if name in paper:
             figure.add_trace(_published_trace(name, paper[name]))
     if noise_ceiling is not None:
-        figure.add_hline(y=noise_ceiling["mean"], line_dash="dot", line_color=NEUTRAL, annotation_text="noise ceiling")
-    _k_ticks(figure, (row["k"] for rows in (*groups.values(), *paper.values()) for row in rows))
+        figure.add_trace(_ceiling_trace(noise_ceiling, ks))
+    _k_ticks(figure, ks)
     return _fragment(figure, div_id, embed)
 
 

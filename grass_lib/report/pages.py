@@ -1,7 +1,8 @@
-"""From a verified run to a page of the book: the executed notebook with its inputs folded, or a stub where there is no run."""
+"""From a verified run to a page of the book: the executed notebook, inputs folded, or a stub where there is no run."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,12 +95,26 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def provenance(record: RunRecord, page: Page) -> str:
+def changed_parameters(folder: Path) -> list[str]:
+    """Names of the parameters of a run that differ from the notebook's own values, as its stamp says.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        The names; none where there is no stamp.
+    """
+    path = folder / "status.json"
+    return list(json.loads(path.read_text(encoding="utf-8")).get("changed") or []) if path.is_file() else []
+
+
+def provenance(record: RunRecord, page: Page, changed: Sequence[str] = ()) -> str:
     """A box in MyST that says where the numbers of a page come from.
 
     Args:
         record: the run's record.
         page: the page that shows it.
+        changed: parameters that differ from the notebook's own values.
 
     Returns:
         MyST Markdown.
@@ -118,7 +133,10 @@ def provenance(record: RunRecord, page: Page) -> str:
         f"Data: {kind} ({data.get('source', 'unnamed source')}{rows}).",
     ]
     if page.scale == "embedded":
-        lines.append("Sizes are those of the embedded scale, not the paper's; compare methods on this page, not with the paper.")
+        lines.append("These sizes are the embedded scale's, not the paper's: compare methods here, not with the paper.")
+    if changed:
+        values = ", ".join(f"`{name} = {record.parameters.get(name)!r}`" for name in changed)
+        lines.append(f"Parameters that were changed for this run: {values}.")
     lines += [
         "",
         f"Get the {{download}}`run record <../_generated/records/{page.stem}.json>` or the "
@@ -129,7 +147,7 @@ def provenance(record: RunRecord, page: Page) -> str:
     return "\n".join(lines)
 
 
-def to_page(notebook: NotebookNode, record: RunRecord, page: Page) -> NotebookNode:
+def to_page(notebook: NotebookNode, record: RunRecord, page: Page, changed: Sequence[str] = ()) -> NotebookNode:
     """A copy of an executed notebook made ready for the book; the outputs are left as they are.
 
     Code is folded behind a click, the title names the scale, a box under it says where the numbers come from, and
@@ -139,6 +157,7 @@ def to_page(notebook: NotebookNode, record: RunRecord, page: Page) -> NotebookNo
         notebook: the executed notebook.
         record: its run record.
         page: where it goes.
+        changed: parameters that differ from the notebook's own values.
 
     Returns:
         A new notebook.
@@ -146,9 +165,9 @@ def to_page(notebook: NotebookNode, record: RunRecord, page: Page) -> NotebookNo
     import nbformat
     from nbformat.v4 import new_markdown_cell
 
-    copy = nbformat.from_dict(notebook)
+    copy: Any = nbformat.from_dict(notebook)
     copy.metadata.pop("papermill", None)
-    titled = False
+    position = 0
     for index, cell in enumerate(copy.cells):
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
@@ -157,13 +176,13 @@ def to_page(notebook: NotebookNode, record: RunRecord, page: Page) -> NotebookNo
             if not tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"}:
                 tags.add("hide-input")
             cell.metadata["tags"] = sorted(tags)
-        elif cell.cell_type == "markdown" and not titled and _TITLE.search(cell.source):
+        elif cell.cell_type == "markdown" and not position and _TITLE.search(cell.source):
             cell.source = _TITLE.sub(f"# {page.title}", cell.source, count=1)
-            position, titled = index + 1, True
-    if not titled:
+            position = index + 1
+    if not position:
         copy.cells.insert(0, new_markdown_cell(f"# {page.title}", id="page-title"))
         position = 1
-    copy.cells.insert(position, new_markdown_cell(provenance(record, page), id="page-provenance"))
+    copy.cells.insert(position, new_markdown_cell(provenance(record, page, changed), id="page-provenance"))
     return copy
 
 
@@ -178,7 +197,9 @@ def stub(page: Page, refused: Sequence[str] = ()) -> str:
         MyST Markdown.
     """
     lines = [f"# {page.title}", "", ":::{admonition} Not run yet", ":class: warning"]
-    lines.append(f"No verified run of this pair at {page.scale} scale was found when the book was built, so this page shows none.")
+    lines.append(
+        f"The book was built without a verified run of this pair at {page.scale} scale, so this page is empty."
+    )
     lines += [":::", "", "This command makes the run, and the next build of the book shows it here:", ""]
     lines += ["```bash", page.command, "grass book", "```", ""]
     if page.scale == "paper":

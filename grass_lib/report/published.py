@@ -18,8 +18,8 @@ def published_rows(experiment: str | None = None) -> list[dict[str, Any]]:
         experiment: one pair, or None for all.
 
     Returns:
-        One dictionary per published row, with ``experiment``, ``attributor``, ``sparsification``, ``projection``, ``k`` (or
-        ``k_per_layer`` filled into ``k`` as well), ``lds``, ``projection_seconds`` (s) and ``damping``.
+        One dictionary per published row, with ``experiment``, ``attributor``, ``sparsification``, ``projection``, ``k``
+        (for factored rows that of one layer), ``lds``, ``projection_seconds`` (s) and ``damping``.
     """
     rows = [{**row, "k": row.get("k", row.get("k_per_layer"))} for row in _document()["rows"]]
     return [row for row in rows if experiment in (None, row["experiment"])]

@@ -78,8 +78,8 @@ def _family(stage: str) -> str:
 def method_of(sparsification: str, projection: str) -> str:
     """Names the method of a pair of stages, the key of `METHODS`.
 
-    A mask before SJLT is GraSS whatever the mask's size (factored pairs, FactGraSS, share its colour); a lone stage keeps
-    its own name.
+    A mask before SJLT is GraSS whatever the mask's size (factored pairs, FactGraSS, share its colour); a lone stage
+    keeps its own name.
 
     Args:
         sparsification: first stage as typed, such as ``random_mask-32768`` or ``identity``.
@@ -145,13 +145,13 @@ def experiment_title(name: str) -> str:
 def figure_style() -> Iterator[None]:
     """Matplotlib settings of the report, undone on exit.
 
-    Backgrounds are transparent and text is mid-grey, so that one file serves light and dark pages; ids and dates that would
-    change from run to run are fixed, so that redrawing gives the same bytes.
+    Backgrounds are transparent and text is mid-grey, so that one file serves light and dark pages; ids and dates
+    that would change from run to run are fixed, so that redrawing gives the same bytes.
     """
     import matplotlib as mpl
     import seaborn as sns
 
-    settings: dict[str, Any] = {
+    settings: dict[Any, Any] = {
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "savefig.facecolor": "none",

@@ -29,10 +29,13 @@ def result_rows(source: RunRecord | Iterable[Row]) -> list[Row]:
     Returns:
         The rows as a list.
     """
-    return list(getattr(source, "results", source))
+    rows: Any = getattr(source, "results", source)
+    return list(rows)
 
 
-def pick_rows(source: RunRecord | Iterable[Row], *, attributor: str = "trak", convention: str | None = None) -> list[Row]:
+def pick_rows(
+    source: RunRecord | Iterable[Row], *, attributor: str = "trak", convention: str | None = None
+) -> list[Row]:
     """Rows that belong in one figure: one attributor, one damping convention.
 
     Args:
@@ -59,7 +62,11 @@ def _method_columns(row: Row) -> dict[str, Any]:
 
 
 def _order(row: Row) -> tuple[str, int, int]:
-    return row["attributor"], list(METHODS).index(method_of(row["sparsification"], row["projection"])), row.get("k") or 0
+    return (
+        row["attributor"],
+        list(METHODS).index(method_of(row["sparsification"], row["projection"])),
+        row.get("k") or 0,
+    )
 
 
 def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
@@ -88,12 +95,12 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
         lds = row["lds"]
         damping = row.get("damping")
         record = {"Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]), **_method_columns(row)}
-        record |= {"LDS": round(float(lds["mean"]), 4), "95 % interval": interval_text(lds.get("interval"))}
+        record |= {"LDS": round(float(lds["mean"]), 6), "95 % interval": interval_text(lds.get("interval"))}
         record["Damping"] = "" if damping is None else f"{damping:g}"
         if several:
             record["Convention"] = row.get("damping_convention") or ""
         records.append(record)
-    return pd.DataFrame(records)
+    return with_formats(pd.DataFrame(records), {"LDS": "{:.4f}"})
 
 
 def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") -> pd.DataFrame:
@@ -104,7 +111,7 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
         reference: method whose time is 1 at each k.
 
     Returns:
-        One row per compression, ordered by method and k. The ratio is missing where the reference was not run at that k.
+        One row per compression, ordered by method and k; no ratio where the reference was not run at that k.
     """
     import pandas as pd
 
@@ -121,10 +128,37 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
     records = []
     for row in rows:
         seconds, k = float(row["projection_seconds"]), row.get("k")
-        ratio = round(seconds / base[k], 2) if k in base else None
-        record = {**_method_columns(row), "Projection (s)": float(f"{seconds:.3g}")}
+        ratio = seconds / base[k] if k in base else None
+        record = {**_method_columns(row), "Projection (s)": seconds}
         records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
-    return pd.DataFrame(records)
+    return with_formats(
+        pd.DataFrame(records), {"Projection (s)": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"}
+    )
+
+
+def with_formats(frame: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:
+    """Says how `table_html` writes the numbers of a frame; the frame keeps the numbers themselves.
+
+    Args:
+        frame: any frame.
+        formats: format string by column name, such as ``{:.4f}``.
+
+    Returns:
+        The same frame.
+    """
+    frame.attrs["formats"] = dict(formats)
+    return frame
+
+
+def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    shown = frame.copy()
+    for name, form in frame.attrs.get("formats", {}).items():
+        if name in shown:
+            shown[name] = [
+                "" if value is None or value != value else value if isinstance(value, str) else form.format(value)
+                for value in shown[name]
+            ]
+    return shown
 
 
 def table_html(
@@ -144,8 +178,8 @@ def table_html(
         table_id: HTML id; starts with ``dt-`` so that it never meets the id of a section.
         caption: caption below the table.
         page_length: rows per page.
-        embed: put the table's script (0.9 MB) into the result. False in a book, which loads it once; True for a notebook
-            opened by hand.
+        embed: put the table's script (0.9 MB) into the result. False in a book, which loads it once; True for a
+            notebook opened by hand.
         allow_html: whether cells hold trusted HTML.
         **options: more options of DataTables.
 
@@ -175,7 +209,7 @@ def table_html(
         "columnDefs": [{"targets": "_all", "className": "dt-left"}],
         **options,
     }
-    body = to_html_datatable(frame, caption, table_id=table_id, **settings)
+    body = to_html_datatable(_as_text(frame), caption, table_id=table_id, **settings)
     script = generate_init_offline_itables_html(find_package_file("html/dt_bundle.js")) if embed else ""
     return f'{script}<div class="grass-table">{body}</div>'
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from grass_lib.report.figures import lds_figure, time_figure
 from grass_lib.report.galleries import image_gallery
 from grass_lib.report.interactive import lds_figure_html
+from grass_lib.report.record import RunRecord
 from grass_lib.report.tables import lds_table, table_html, time_table
 
 CEILING = {"mean": 0.62, "interval": [0.58, 0.66]}
@@ -75,7 +80,7 @@ def html_output(text: str) -> Any:
 
 
 def toy_notebook(sentinel: str = "done", images: tuple[Any, Any] | None = None) -> nbformat.NotebookNode:
-    """What a notebook of the book looks like after execution: two figures, two tables, a gallery, an interactive figure."""
+    """What a notebook of the book looks like after execution: figures, tables, a gallery, an interactive figure."""
     rows = toy_rows()
     queries, train = images or (toy_images(6), toy_images(40, 1))
     gallery = image_gallery(
@@ -98,4 +103,57 @@ def toy_notebook(sentinel: str = "done", images: tuple[Any, Any] | None = None) 
         cells.append(new_code_cell(f"show({count})", execution_count=count, outputs=[output]))
     for place, cell in enumerate(cells):
         cell["id"] = f"toy-{place}"
-    return new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+def toy_record(run_id: str = "mlp_mnist-embedded-toy", scale: str = "embedded", **changes: Any) -> RunRecord:
+    fields: dict[str, Any] = {
+        "run_id": run_id,
+        "experiment": "mlp_mnist",
+        "scale": scale,
+        "data": {"source": "toy digits", "rows": 40, "sha256": "0" * 64, "kind": "embedded"},
+        "parameters": {"seed": 0},
+        "results": toy_rows() if scale == "embedded" else toy_rows((2048, 4096, 8192)),
+        "phases": {"bank": 31.2, "cache": 12.0},
+        "peak_bytes": 1,
+        "stored_bytes": 1,
+        "tokens_per_second": None,
+        "device": {"type": "cpu", "name": "toy CPU"},
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "source_hash": "0" * 64,
+        "modules": {},
+        "git_commit": None,
+        "started": "2026-01-01T00:00:00+00:00",
+        "finished": "2026-01-01T00:01:00+00:00",
+    }
+    return RunRecord(**{**fields, **changes})
+
+
+def write_run(
+    folder: Path, record: RunRecord, images: tuple[Any, Any] | None = None, changed: Sequence[str] = ()
+) -> Path:
+    """Writes a run that passes the five tests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record.to_json(), indent=1).encode()
+    (folder / "record.json").write_bytes(text)
+    sentinel = f"grass-run-complete {record.run_id} {hashlib.sha256(text).hexdigest()}"
+    nbformat.write(toy_notebook(sentinel, images), folder / "notebook.ipynb")
+    status = {
+        "run_id": record.run_id,
+        "experiment": record.experiment,
+        "scale": record.scale,
+        "exit_code": 0,
+        "started": record.started,
+        "ended": record.finished,
+        "parameters": record.parameters,
+        "changed": list(changed),
+        "data_fingerprint": "0" * 64,
+        "template_sha256": "0" * 64,
+        "modules": {},
+        "notebook_sha256": hashlib.sha256((folder / "notebook.ipynb").read_bytes()).hexdigest(),
+        "error": None,
+        "schema_version": 1,
+    }
+    (folder / "status.json").write_text(json.dumps(status))
+    return folder
