@@ -1,0 +1,70 @@
+"""Percentile intervals of a mean over queries, with models and queries resampled together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grass_lib.errors import UsageError
+from grass_lib.evaluation.ranks import resampled_spearman
+from grass_lib.rng import Stream
+
+
+def draw_counts(n_items: int, n_samples: int, stream: Stream) -> Tensor:
+    """How often each item occurs in each bootstrap sample: float64 ``(n_items, n_samples)``, columns sum to n_items."""
+    drawn = stream.integers(n_items, (n_items, n_samples))
+    counts = torch.zeros((n_items, n_samples), dtype=torch.float64)
+    return counts.scatter_add_(0, drawn, torch.ones_like(counts))
+
+
+def check_options(confidence: float, n_bootstrap: int) -> None:
+    """Checks what a user may have chosen.
+
+    Raises:
+        UsageError: ``confidence`` is not between 0 and 1, or ``n_bootstrap`` is below 1.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise UsageError(f"confidence is {confidence}; expected a number between 0 and 1, for example 0.95")
+    if n_bootstrap < 1:
+        raise UsageError(f"n_bootstrap is {n_bootstrap}; expected 1 or more resamples, for example 1000")
+
+
+def correlation_interval(
+    first: Tensor,
+    second: Tensor,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    confidence: float,
+    n_bootstrap: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Interval of the mean, over queries, of a function of Spearman's correlation.
+
+    Both sources of chance are resampled in every replicate: the models (rows) and the queries (columns). Columns that are
+    constant within a replicate have no correlation and are left out of its mean.
+
+    Args:
+        first: ``(n_models, n_query)``.
+        second: ``(n_models, n_query)``.
+        transform: Applied to the correlations ``(n_query, n_bootstrap)``, NaN where they are not defined.
+        confidence: Of the interval, for example 0.95.
+        n_bootstrap: Number of replicates.
+        seed: Of the resampling.
+
+    Returns:
+        ``(low, high)``; NaN when no replicate has a defined correlation.
+    """
+    n_models, n_query = first.shape
+    models = draw_counts(n_models, n_bootstrap, Stream(seed, "bootstrap", "models"))
+    queries = draw_counts(n_query, n_bootstrap, Stream(seed, "bootstrap", "queries"))
+    values = transform(resampled_spearman(first, second, models))
+    queries.masked_fill_(values.isnan(), 0.0)
+    means = (values.nan_to_num_(0.0) * queries).sum(dim=0) / queries.sum(dim=0)
+    means = means[~means.isnan()]
+    if not len(means):
+        return float("nan"), float("nan")
+    tail = (1.0 - confidence) / 2.0
+    low, high = torch.quantile(means, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+    return low, high
