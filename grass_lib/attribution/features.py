@@ -238,7 +238,7 @@ def _parse_specs(
         raise UsageError("Both specs= and sparsification=/projection= were given; expected one of the two.")
     if isinstance(specs, str | CompressionSpec):
         raise UsageError(f"specs is {str(specs)!r}; expected a list of compression specs, for example ['sjlt-4096'].")
-    parsed = _flat(tuple(CompressionSpec.parse(spec) for spec in specs))
+    parsed = _flat(tuple(spec if isinstance(spec, CompressionSpec) else CompressionSpec.parse(spec) for spec in specs))
     if not parsed:
         raise UsageError("specs is empty; expected at least one compression spec, for example ['sjlt-4096'].")
     names = [str(spec) for spec in parsed]

@@ -49,15 +49,15 @@ def damped_scores(
     """Scores ``phi_i^T (Phi^T Phi + lambda I)^-1 phi_q`` for every training sample, query and damping value.
 
     Gram matrix, factorisation and products are in float64, the result is rounded to float32. That is measured: with
-    random_mask-1024 on an MLP trained on 2,000 MNIST digits, float32 arithmetic is off by 40 % of the largest score at a
-    relative damping of 1e-7, 0.3 % at 1e-5 and 3e-6 at 1e-2, because the Gram matrix of a mask is singular; float64 is
-    off by less than 1e-9 on the whole grid (Cholesky against eigenvectors). With sjlt-1024, whose Gram matrix has full
-    rank, float32 is off by 1e-5. benchmarks/damping_grid.py repeats the comparison.
+    random_mask-1024 on an MLP trained on 2,000 MNIST digits, float32 arithmetic is off by 40 % of the largest score at
+    a relative damping of 1e-7, 0.3 % at 1e-5 and 3e-6 at 1e-2, because the Gram matrix of a mask is singular; float64
+    is off by less than 1e-9 on the whole grid (Cholesky against eigenvectors). With sjlt-1024, whose Gram matrix has
+    full rank, float32 is off by 1e-5. benchmarks/damping_grid.py measures the same on synthetic digits.
 
     Cholesky is the default because it was the faster one for ten values as well as for one: with n = 5,000 and 500
-    queries on an H200, 27, 59 and 81 ms for ten values at k = 2,048, 4,096 and 8,192 (one value: 4, 9 and 15 ms), where
-    the eigendecomposition takes 28, 114 and 194 ms for one. On a CPU at k up to 1,024 the two are within a tenth of each
-    other for ten values and Cholesky is two to three times faster for one.
+    queries on an H200, 27, 59 and 81 ms for ten values at k = 2,048, 4,096 and 8,192 (one value: 4, 9 and 15 ms),
+    where the eigendecomposition takes 28, 114 and 194 ms for one. On a CPU at k up to 1,024 the two are within a tenth
+    of each other for ten values and Cholesky is up to three times faster for one.
 
     Args:
         train: Features of the training samples ``(n_train, k)``.

@@ -282,7 +282,7 @@ def test_bad_input_is_refused():
         TRAK(model, checkpoints, projection="sjlt8")
     with pytest.raises(SpecError):
         TRAK(model, checkpoints, projection="random_mask-100000")
-    with pytest.raises(SpecError, match="layer by layer.*random_mask-16"):
+    with pytest.raises(SpecError, match=r"layer by layer.*random_mask-16"):
         TRAK(model, checkpoints, sparsification="random_mask-4*4", projection="sjlt-8")
 
     trak = TRAK(model, checkpoints, projection="sjlt-8")
