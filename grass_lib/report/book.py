@@ -140,7 +140,7 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
         caption += "; its sizes are those of the embedded scale, not the paper's."
     return (
         f"```{{figure}} /book/_generated/figures/{image.name}\n:name: fig-headline\n"
-        f":alt: LDS against k for each projection\n:class: grass-figure\n{caption}\n```\n"
+        f":alt: LDS against k for each projection\n:figclass: grass-figure\n{caption}\n```\n"
     )
 
 

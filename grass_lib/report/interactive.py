@@ -34,8 +34,8 @@ def _figure(y_title: str) -> go.Figure:
         height=460,
         hoverlabel={"font": {"size": 13}},
         modebar={"bgcolor": _CLEAR, "color": NEUTRAL, "activecolor": NEUTRAL},
-        legend={"orientation": "h", "y": -0.2, "x": 0, "yanchor": "top"},
-        xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension"}},
+        legend={"orientation": "h", "yref": "container", "y": 0, "x": 0, "yanchor": "bottom"},
+        xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension", "standoff": 6}},
         yaxis={**axis, "title": {"text": y_title}},
     )
     return figure

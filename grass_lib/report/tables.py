@@ -84,7 +84,7 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
         source: a run record or result rows.
 
     Returns:
-        One row per result, ordered by attributor, method and k.
+        One row per result, ordered by attributor, method and k; no column of attributors where there is only one.
     """
     import pandas as pd
 
@@ -100,7 +100,10 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
         if several:
             record["Convention"] = row.get("damping_convention") or ""
         records.append(record)
-    return with_formats(pd.DataFrame(records), {"LDS": "{:.4f}"})
+    frame = pd.DataFrame(records)
+    if len({row["attributor"] for row in rows}) == 1:
+        frame = frame.drop(columns="Attributor")
+    return with_formats(frame, {"LDS": "{:.4f}"})
 
 
 def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") -> pd.DataFrame:
@@ -203,6 +206,7 @@ def table_html(
         "lengthMenu": sorted({10, page_length, 50, 250}),
         "showIndex": False,
         "autoWidth": False,
+        "text_in_header_can_be_selected": False,  # so that a click anywhere on a head sorts
         "maxBytes": 0,
         "display_logo_when_loading": False,
         "allow_html": allow_html,

@@ -1,0 +1,173 @@
+"""The built book in a real browser, from the disk, with the network cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.system
+
+PAGES = (
+    "book/index",
+    "book/method",
+    "book/reproduce",
+    "book/executed/mlp_mnist_embedded",
+    "book/executed/mlp_mnist_paper",
+    "book/pairs",
+    "book/ledger",
+    "book/references",
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--window-size=1280,900",
+)
+READY = """
+const all = selector => [...document.querySelectorAll(selector)];
+const done = (outer, inner) => all(outer).every(node => node.querySelector(inner) || node.matches(inner));
+return document.readyState === 'complete' && done('.plotly-graph-div', '.main-svg')
+  && all('.grass-table').length === all('.grass-table .dt-container').length
+  && done('.math', 'mjx-container') && [...document.images].every(image => image.complete);
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium = os.environ.get("GRASS_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium with chromedriver here; `apt-get install chromium chromium-driver` adds them")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+def _open(browser: Any, book: Path, page: str, theme: str = "light") -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get((book / f"{page}.html").as_uri())
+    browser.execute_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.refresh()
+    WebDriverWait(browser, 40, poll_frequency=0.2).until(lambda session: session.execute_script(READY))
+
+
+def _requests(browser: Any) -> list[str]:
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [item["params"]["request"]["url"] for item in messages if item["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_shows_everything_without_the_network(browser: Any, built_book: Path, page: str) -> None:
+    _open(browser, built_book, page)
+    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert errors == []
+    requests = _requests(browser)
+    assert requests
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert browser.execute_script("return [...document.images].filter(image => image.naturalWidth === 0).length") == 0
+
+
+def test_run_page_has_figures_formulas_and_tables(browser: Any, built_book: Path) -> None:
+    _open(browser, built_book, "book/executed/mlp_mnist_embedded")
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert browser.execute_script(count, ".cell_output img") == 3
+    assert browser.execute_script(count, "div.dt-container") == 2
+    assert browser.execute_script(count, ".plotly-graph-div .scatterlayer .trace") == 7
+    assert browser.execute_script(count, "mjx-container svg") >= 1
+    assert browser.execute_script("return document.querySelector('details.hide').open") is False
+    _open(browser, built_book, "book/method")
+    assert browser.execute_script(count, "mjx-container[display=true] svg") == 12
+    assert browser.execute_script(count, "mjx-merror, [data-mml-node=merror]") == 0
+
+
+def _cells(browser: Any, column: int) -> list[str]:
+    rows = "document.querySelectorAll('#dt-ledger tbody tr')"
+    script = f"return [...{rows}].map(row => row.cells[arguments[0]].innerText.trim())"
+    return browser.execute_script(script, column)
+
+
+def _published(browser: Any) -> list[float]:
+    return [float(text) for text in _cells(browser, 4) if text.replace(".", "").isdigit()]
+
+
+def test_ledger_sorts_filters_and_searches(browser: Any, built_book: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(browser, 10, poll_frequency=0.1)
+    _open(browser, built_book, "book/ledger")
+    info = "return document.querySelector('.dt-info').innerText"
+    assert "of 112 entries" in browser.execute_script(info)
+    header = browser.find_elements(By.CSS_SELECTOR, "#dt-ledger thead th")[4]
+    assert "Published" in header.text
+    assert _published(browser) != sorted(_published(browser))
+    header.click()
+    wait.until(lambda session: len(_published(session)) > 10 and _published(session) == sorted(_published(session)))
+    header.click()
+    wait.until(lambda session: _published(session) == sorted(_published(session), reverse=True))
+
+    browser.find_element(By.CSS_SELECTOR, "#dt-ledger thead th .dtcc-button").click()
+    entry = next(
+        item for item in browser.find_elements(By.CSS_SELECTOR, ".dtcc-list-buttons button") if "GPT-2" in item.text
+    )
+    entry.click()
+    wait.until(lambda session: set(_cells(session, 0)) == {"GPT-2 small + WikiText-2"})
+    assert "of 18 entries" in browser.execute_script(info)
+
+    search = browser.find_element(By.CSS_SELECTOR, ".dt-search input")
+    search.send_keys("LoGra")
+    wait.until(lambda session: set(_cells(session, 1)) == {"LoGra"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_narrow_page_does_not_scroll_sideways(browser: Any, built_book: Path, page: str) -> None:
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        _open(browser, built_book, page)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def _luminance(colour: str) -> float:
+    numbers = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in numbers]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_verdicts_and_tables_are_readable_in_both_themes(browser: Any, built_book: Path, theme: str) -> None:
+    _open(browser, built_book, "book/ledger", theme)
+    assert browser.execute_script("return document.documentElement.dataset.theme") == theme
+    assert browser.execute_script("return document.documentElement.classList.contains('dark')") is (theme == "dark")
+    script = (
+        "return [...document.querySelectorAll('.verdict-key .verdict')].map(node => {"
+        "const style = getComputedStyle(node); return [style.color, style.backgroundColor]})"
+    )
+    pairs = browser.execute_script(script)
+    assert len(pairs) == 4
+    for text, background in pairs:
+        low, high = sorted((_luminance(text), _luminance(background)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
