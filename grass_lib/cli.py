@@ -1,0 +1,302 @@
+"""The ``grass`` command. Exit codes: 0 all good, 1 something failed, 2 wrong usage (nothing was run)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from grass_lib.cli_output import console_for, near, show_doctor, show_ledger, show_outcome, show_plan
+from grass_lib.errors import GrassError, UsageError
+from grass_lib.runner.execute import INTERRUPTED, Outcome, preflight, run_all
+from grass_lib.runner.parameters import describe, read_parameters, split_assignments
+from grass_lib.runner.planning import PlannedRun, experiments_by_name, plan, template_path
+
+_HELP = """\
+Runs the experiments of the GraSS report, checks the runs, builds the book.
+
+Exit codes: 0 all good, 1 something failed (each failure is named with its log), 2 wrong usage (nothing was run).
+
+Folders: GRASS_DATA (data laid out as on the hub), GRASS_RUNS (where runs go), GRASS_ROOT (the project, if not here).
+"""
+
+app = typer.Typer(
+    name="grass",
+    help=_HELP,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+EXECUTORS = ("local", "slurm")
+TERMINATED = 143
+# What typer raises for words that it cannot make sense of; releases differ in whether they bring their own click along.
+_ClickError: Any = next(item for item in typer.BadParameter.__mro__ if item.__name__ == "ClickException")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C so that kernels are stopped in order."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+Experiments = Annotated[
+    list[str] | None, typer.Argument(metavar="[EXPERIMENT]...", help="Which ones; all without any.")
+]
+
+
+@app.command()
+def doctor(
+    experiments: Experiments = None,
+    scale: Annotated[str | None, typer.Option(help="Only this scale: embedded or paper.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 1 if something asked about would not work here.")
+    ] = False,
+) -> None:
+    """Say for every experiment and scale whether it would work here, and what to do if not.
+
+    Needs no network, starts nothing, and exits with 0 unless --strict is given.
+    """
+    from grass_lib import doctor as doctor_module
+    from grass_lib.runner.planning import check_scale
+
+    scales = [check_scale(scale)] if scale else []
+    facts, found = doctor_module.machine_facts(), doctor_module.verdicts(experiments or (), scales)
+    if as_json:
+        value = {
+            "machine": [vars(fact) for fact in facts],
+            "experiments": [{**vars(item), "works": item.works} for item in found],
+        }
+        typer.echo(json.dumps(value, indent=1))
+    else:
+        show_doctor(facts, found)
+    if strict and not all(item.works for item in found):
+        raise typer.Exit(1)
+
+
+def _list_parameters(names: Sequence[str]) -> None:
+    from grass_lib.project import project_root
+    from grass_lib.runner.planning import check_names
+
+    for name in check_names(names):
+        typer.echo(describe(read_parameters(template_path(project_root(), experiments_by_name()[name])), name))
+
+
+@app.command()
+def run(
+    experiments: Experiments = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="embedded: small, real data that comes with pip, any machine; paper: the paper's sizes, a GPU."
+        ),
+    ] = "embedded",
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--parameter", metavar="NAME=VALUE", help="A parameter of the notebook; lists are written 1,2."
+        ),
+    ] = None,
+    sparsification: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE-DIM", help="Stage 1, such as random_mask-4096; again for more, paired with --projection."
+        ),
+    ] = None,
+    projection: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE-DIM", help="Stage 2, such as sjlt-512; again for more.")
+    ] = None,
+    hessian: Annotated[
+        str | None, typer.Option(help="eFIM or Identity, for experiments with influence functions.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", help="Runs at a time; 1 where they share a GPU.")] = 1,
+    executor: Annotated[
+        str, typer.Option(help="local, or slurm (one job per run, needs the package submitit).")
+    ] = "local",
+    force: Annotated[
+        bool, typer.Option("--force", help="Execute finished runs too; what their store/ holds is used again.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")] = False,
+    list_parameters: Annotated[
+        bool, typer.Option("--list-parameters", help="Show the parameters of the notebooks, and stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Plan, execute and verify notebooks; skip what an identical finished run already gives.
+
+    Every input is checked before anything runs. A run that was killed goes on where it stopped; one failure does not
+    stop the others. Each run has a folder runs/<run id> with notebook.ipynb, record.json, status.json, log.txt, store/.
+    """
+    if list_parameters:
+        _list_parameters(experiments or ())
+        return
+    if executor not in EXECUTORS:
+        raise UsageError(f"--executor is {executor!r}, expected local or slurm")
+    if executor == "slurm":
+        from grass_lib.runner.slurm import require_submitit
+
+        require_submitit()
+    if jobs < 1:
+        raise UsageError(f"--jobs is {jobs}, expected a whole number >= 1")
+    planned = plan(
+        experiments or (),
+        scale,
+        split_assignments(parameters or ()),
+        sparsifications=sparsification or (),
+        projections=projection or (),
+        hessian=hessian,
+        seed=seed,
+    )
+    if dry_run:
+        show_plan(planned, force)
+    runnable = [item for item in planned if not item.problems or (item.finished and not force)]
+    if not runnable:
+        raise UsageError("; ".join(f"{item.experiment}: {'; '.join(item.problems)}" for item in planned))
+    if dry_run:
+        return
+    preflight(jobs)
+    try:
+        with _terminable():
+            outcomes = _execute(planned, executor, jobs, force, progress=not quiet)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, _Terminated)
+        console_for(stderr=True).print("stopped; run the same command again to go on")
+        raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from error
+    failed = [item for item in outcomes if item.state not in ("done", "skipped")]
+    if failed:
+        names = ", ".join(item.planned.run_id for item in failed)
+        raise GrassError(f"{len(failed)} of {len(outcomes)} runs failed: {names}; their logs are named above")
+
+
+def _execute(planned: Sequence[PlannedRun], executor: str, jobs: int, force: bool, *, progress: bool) -> list[Outcome]:
+    if executor == "slurm":
+        from grass_lib.runner.slurm import run_on_slurm
+
+        return run_on_slurm(planned, planned[0].folder.parent, jobs=jobs, force=force, report=show_outcome)
+    pending = [item for item in planned if (force or not item.finished) and not item.problems]
+    if pending and progress:
+        logs = ", ".join(near(item.folder / "log.txt") for item in pending)
+        console_for(stderr=True).print(f"running {len(pending)} notebook(s); to follow: tail -f {escape(logs)}")
+    return run_all(planned, jobs=jobs, force=force, progress=progress, report=show_outcome)
+
+
+@app.command()
+def verify(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run ids or folders; all finished ones without any.")
+    ] = None,
+) -> None:
+    """Check that runs are whole: exit code, executed cells, no errors, the sentinel, the record.
+
+    Without arguments, looks at everything below runs/ and book/measured/. Runs made by hand in Jupyter are only
+    mentioned.
+    """
+    from grass_lib.runner.collect import find_run, is_manual, run_folders
+    from grass_lib.runner.verify import verify_run
+
+    folders = [find_run(name) for name in runs] if runs else run_folders()
+    bad = 0
+    for folder in folders:
+        if not runs and is_manual(folder):
+            typer.echo(f"manual  {near(folder)}: made by hand, does not count")
+            continue
+        problems = verify_run(folder)
+        bad += bool(problems)
+        typer.echo(
+            f"{'BAD' if problems else 'ok':<7} {near(folder)}" + (f": {'; '.join(problems)}" if problems else "")
+        )
+    if not folders:
+        typer.echo("no runs; make one with `grass run`")
+    if bad:
+        raise GrassError(f"{bad} of {len(folders)} runs do not verify; make them again with `grass run`")
+
+
+@app.command()
+def book() -> None:
+    """Build the book from the newest verified runs, and print the path of its first page."""
+    from grass_lib.project import project_root
+    from grass_lib.report.book import build
+
+    index = build(project_root(), strict=True)
+    typer.echo(f"the book is at {near(index)}")
+
+
+@app.command()
+def ledger(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per published figure, as a list.")
+    ] = False,
+    experiment: Annotated[str | None, typer.Option(help="Only this experiment.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Only lds or projection_seconds.")] = None,
+) -> None:
+    """Print every published figure with ours, its interval, a verdict and the reason.
+
+    Only verified runs at paper scale count as measured.
+    """
+    from grass_lib.report.ledger import METRICS, THROUGHPUT, ledger_rows
+    from grass_lib.runner.collect import verified_records
+
+    rows = ledger_rows(verified_records(scale="paper"))
+    known = list(dict.fromkeys(row["experiment"] for row in rows))
+    if experiment is not None and experiment not in known:
+        raise UsageError(f"--experiment is {experiment!r}, expected one of {', '.join(known)}")
+    if metric is not None and metric not in (*METRICS, THROUGHPUT):
+        raise UsageError(f"--metric is {metric!r}, expected one of {', '.join((*METRICS, THROUGHPUT))}")
+    rows = [row for row in rows if experiment in (None, row["experiment"]) and metric in (None, row["metric"])]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, allow_nan=False))
+    else:
+        show_ledger(rows)
+
+
+def _fail(error: GrassError) -> int:
+    console_for(stderr=True).print(f"[red]error:[/] {escape(str(error))}")
+    return error.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: words behind ``grass``; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = command.main(args=words or ["--help"], prog_name="grass", standalone_mode=False)
+    except GrassError as error:
+        return _fail(error)
+    except _ClickError as error:
+        console_for(stderr=True).print(f"[red]error:[/] {escape(error.format_message())} See `grass --help`.")
+        return UsageError.exit_code
+    if not words:
+        return UsageError.exit_code
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,281 @@
+"""The ledger: every published figure, ours beside it, and a verdict with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from grass_lib.report.published import published_claims, published_rows
+from grass_lib.report.schema import RunRecord
+
+#: Largest difference of two LDS values that still counts as the same, whatever the interval.
+TOLERANCE = 0.02
+METRICS = ("lds", "projection_seconds")
+THROUGHPUT = "throughput_percent_faster"
+FIELDS = (
+    "experiment",
+    "attributor",
+    "sparsification",
+    "projection",
+    "k",
+    "metric",
+    "published",
+    "measured",
+    "interval",
+    "operator",
+    "data",
+    "verdict",
+    "reason",
+    "run_id",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result row of ours with the record that it comes from."""
+
+    record: RunRecord
+    row: Mapping[str, Any]
+
+    @property
+    def substitute(self) -> str | None:
+        """What stands in for the paper's data or weights, if anything."""
+        if self.record.data["kind"] == "substitute":
+            return "data"
+        return "weights" if self.record.extra.get("weights") == "substitute" else None
+
+
+def like_for_like(projection: str) -> str:
+    """The projection of ours that computes what the published one did.
+
+    The published rows called ``fjlt`` were made with ``fast_jl``, a dense Rademacher projection (TRAK's package).
+
+    Args:
+        projection: a published projection.
+    """
+    return projection.replace("fjlt-", "rademacher-", 1) if projection.startswith("fjlt-") else projection
+
+
+def _family(sparsification: str, projection: str) -> str:
+    text = sparsification if projection == "identity" else projection
+    return text.split("-", 1)[0]
+
+
+class _Index:
+    """Result rows by experiment, attributor and compression; the first record that has one wins."""
+
+    def __init__(self, records: Iterable[RunRecord]) -> None:
+        self.records = [record for record in records if record.scale == "paper"]
+
+    @cached_property
+    def rows(self) -> dict[tuple[str, str, str, str], list[Measured]]:
+        found: dict[tuple[str, str, str, str], list[Measured]] = {}
+        for record in self.records:
+            for row in record.results:
+                key = (record.experiment, row["attributor"], row["sparsification"], row["projection"])
+                found.setdefault(key, []).append(Measured(record, row))
+        return found
+
+    def find(self, published: Mapping[str, Any], projection: str, metric: str) -> Measured | None:
+        """Ours for a published row: the paper's damping convention before the relative one, within the first record."""
+        key = (published["experiment"], published["attributor"], published["sparsification"], projection)
+        having = [item for item in self.rows.get(key, ()) if item.row.get(metric) is not None]
+        same = [item for item in having if item.record is having[0].record]
+        return min(same, key=lambda item: item.row.get("damping_convention") != "paper", default=None)
+
+    def known(self, experiment: str) -> RunRecord | None:
+        return next((record for record in self.records if record.experiment == experiment), None)
+
+
+def _value(item: Measured, metric: str) -> float:
+    return float(item.row["lds"]["mean"] if metric == "lds" else item.row["projection_seconds"])
+
+
+def _text_interval(interval: list[float] | None) -> str:
+    return f", 95 % interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+
+
+def _not_run(index: _Index, published: Mapping[str, Any], projection: str, registered: Iterable[str]) -> str:
+    experiment = published["experiment"]
+    record = index.known(experiment)
+    selective = "selective" in published["sparsification"] or "selective" in projection
+    if experiment not in registered:
+        return "this version has no notebook for the pair"
+    if selective:
+        return "needs a mask that is fitted on the training data, which no paper-scale run here has used"
+    stages = f"--sparsification '{published['sparsification']}' --projection '{projection}'"
+    if record is None:
+        return f"no finished run at paper scale; make one with `grass run {experiment} --scale paper`"
+    return f"run {record.run_id} has no such row; make one with `grass run {experiment} --scale paper {stages}`"
+
+
+def _beside(index: _Index, published: Mapping[str, Any], metric: str) -> str:
+    """For a published fjlt row: what our own fjlt, another operator, gives."""
+    ours = index.find(published, published["projection"], metric)
+    if ours is None:
+        return ""
+    value = _value(ours, metric)
+    if metric == "lds":
+        return f"; our blocked fjlt, another operator: {value:.4f}{_text_interval(ours.row['lds'].get('interval'))}"
+    return f"; our blocked fjlt, another operator: {value:.4g} s"
+
+
+def _damping_text(published: Mapping[str, Any], item: Measured) -> str:
+    damping = item.row.get("damping")
+    if damping is None:
+        return ""
+    convention = item.row.get("damping_convention")
+    if convention == "paper":
+        return f"; damping {damping:g}, published {published['damping']:g}"
+    return f"; damping {damping:g} relative to the mean eigenvalue, published {published['damping']:g} absolute"
+
+
+def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
+    lds = item.row["lds"]
+    difference = lds["mean"] - published["lds"]
+    half = (lds["interval"][1] - lds["interval"][0]) / 2 if lds.get("interval") else 0.0
+    allowed = max(TOLERANCE, half)
+    detail = _damping_text(published, item) + f"; {lds['n_models']} models, {lds['n_queries']} queries"
+    if item.record.data["kind"] == "subset":
+        detail += ", a subset of the paper's data"
+    if item.record.data["kind"] == "recompressed":
+        detail += ", the paper's images compressed once more"
+    if item.substitute:
+        return "not comparable", f"substitute {item.substitute}: difference {difference:+.4f} says nothing{detail}"
+    # Differences of rounded decimals: what equals the allowance on paper must count as equal.
+    if abs(difference) <= allowed + 1e-9:
+        which = "half the interval" if half > TOLERANCE else "the tolerance"
+        return "reproduced", f"difference {difference:+.4f} is within {which}, {allowed:.4f}{detail}"
+    side = "above" if difference > 0 else "below"
+    return (
+        "differs",
+        f"{abs(difference):.4f} {side} the published value, more than the {allowed:.4f} allowed "
+        f"(half the interval is {half:.4f}){detail}",
+    )
+
+
+def _ratio(index: _Index, published: Mapping[str, Any], item: Measured) -> str:
+    """Both times divided by that of sjlt alone at the same k, ours within one run."""
+    projection = f"sjlt-{published['k']}"
+    base_published = next(
+        (
+            row["projection_seconds"]
+            for row in published_rows(published["experiment"])
+            if (row["sparsification"], row["projection"]) == ("identity", projection)
+        ),
+        None,
+    )
+    base = next(
+        (
+            row["projection_seconds"]
+            for row in item.record.results
+            if (row["sparsification"], row["projection"], row["attributor"])
+            == ("identity", projection, published["attributor"])
+            and row.get("projection_seconds")
+        ),
+        None,
+    )
+    device = item.record.device.get("name", "another device")
+    text = f"seconds of two different machines ({device} here); compare ratios"
+    if base_published and base:
+        ours, theirs = item.row["projection_seconds"] / base, published["projection_seconds"] / base_published
+        text += f": {ours:.2f} times {projection} here, {theirs:.2f} times as published"
+    return text
+
+
+def _row(index: _Index, published: Mapping[str, Any], metric: str, registered: Iterable[str]) -> dict[str, Any]:
+    projection = like_for_like(published["projection"])
+    item = index.find(published, projection, metric)
+    row: dict[str, Any] = {
+        "experiment": published["experiment"],
+        "attributor": published["attributor"],
+        "sparsification": published["sparsification"],
+        "projection": published["projection"],
+        "k": published["k"],
+        "metric": metric,
+        "published": published[metric],
+        "measured": None,
+        "interval": None,
+        "operator": _family(published["sparsification"], projection),
+        "data": None,
+        "verdict": "not run",
+        "reason": "",
+        "run_id": None,
+    }
+    other = projection != published["projection"]
+    beside = _beside(index, published, metric) if other else ""
+    like = "the published fjlt was a dense Rademacher projection: measured is ours of that kind; " if other else ""
+    if item is None:
+        return {**row, "reason": _not_run(index, published, projection, registered) + beside}
+    if metric == "lds":
+        verdict, reason = _judge_lds(published, item)
+    else:
+        verdict, reason = "not comparable", _ratio(index, published, item)
+    return {
+        **row,
+        "measured": _value(item, metric),
+        "interval": item.row["lds"].get("interval") if metric == "lds" else None,
+        "operator": item.row.get("operator") or row["operator"],
+        "data": item.record.data["kind"],
+        "verdict": verdict,
+        "reason": like + reason + beside,
+        "run_id": item.record.run_id,
+    }
+
+
+def _claim_row(index: _Index, claim: Mapping[str, Any], registered: Iterable[str]) -> dict[str, Any]:
+    """The throughput claim; ours is the record's note `throughput_percent_faster`."""
+    stated = re.search(r"(\d+(?:\.\d+)?) ?%", claim["claim"])
+    record = index.known(claim["experiment"])
+    measured = None if record is None else record.extra.get(THROUGHPUT)
+    published = float(stated[1]) if stated else None
+    row = dict.fromkeys(FIELDS) | {
+        "experiment": claim["experiment"],
+        "attributor": "influence_efim",
+        "metric": THROUGHPUT,
+        "published": published,
+        "operator": "factgrass",
+        "verdict": "not run",
+    }
+    stated_text = f"claimed: {claim['claim']} ({claim['protocol']})"
+    if record is None or measured is None or published is None:
+        missing = (
+            "has no notebook in this version" if claim["experiment"] not in registered else "has no run at paper scale"
+        )
+        return {**row, "reason": f"{claim['experiment']} {missing}; {stated_text}"}
+    substitute = Measured(record, {}).substitute
+    verdict = "not comparable" if substitute else "reproduced" if measured >= published else "differs"
+    prefix = f"substitute {substitute}; " if substitute else ""
+    reason = f"{prefix}{measured:.0f} % faster here than LoGra on the same device; {stated_text}"
+    return {
+        **row,
+        "measured": float(measured),
+        "data": record.data["kind"],
+        "verdict": verdict,
+        "reason": reason,
+        "run_id": record.run_id,
+    }
+
+
+def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
+    """One row per published figure and metric, and one per published claim.
+
+    Only records of scale ``paper`` fill ``measured``. The published rows called ``fjlt`` are set beside our
+    ``rademacher``, the same operator; their reason also gives our ``fjlt``, which is another one.
+
+    Args:
+        records: run records, the preferred ones first.
+
+    Returns:
+        Dictionaries with the keys `FIELDS`, in the order of the published rows. ``interval`` is ``[low, high]`` of
+        an LDS.
+    """
+    from grass_lib.experiments import EXPERIMENTS
+
+    index = _Index(records)
+    registered = frozenset(EXPERIMENTS)
+    rows = [_row(index, published, metric, registered) for published in published_rows() for metric in METRICS]
+    return rows + [_claim_row(index, claim, registered) for claim in published_claims()]

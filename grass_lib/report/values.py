@@ -1,0 +1,38 @@
+"""Turns what notebooks compute into plain JSON values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grass_lib.errors import UsageError
+
+
+def plain(value: Any, name: str) -> Any:
+    """Values of numpy, torch and pathlib as plain JSON values."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UsageError(f"{name} is {value}, expected a finite number; leave it out where it is not defined")
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), name)
+    if isinstance(value, Path):
+        return str(value)
+    raise UsageError(
+        f"{name} is a {type(value).__name__}, expected numbers, text, lists or dictionaries that JSON can hold"
+    )
+
+
+def fields_of(value: Any, names: tuple[str, ...]) -> Any:
+    """An object with such attributes as a dictionary; dictionaries and None pass."""
+    if value is None or isinstance(value, Mapping):
+        return value
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
