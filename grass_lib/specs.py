@@ -163,8 +163,8 @@ class StageSpec:
         nearest = str(StageSpec(self.family, (largest,), self.param)) if largest else f"sjlt-{self.k}"
         raise _error(
             str(self),
-            f"it needs at least {needed} input coordinates, and there are {p} (only sjlt, normal and rademacher may have "
-            "more outputs than inputs)",
+            f"it needs {needed} input coordinates or more, and there are {p} (only sjlt, normal and rademacher may "
+            "have more outputs than inputs)",
             nearest,
         )
 
@@ -239,7 +239,7 @@ class CompressionSpec:
             if len(parts) > 2:
                 raise _error(
                     text,
-                    f"it has {len(parts)} stages, and one or two were expected (PROJECTION, or SPARSIFICATION->PROJECTION)",
+                    f"it has {len(parts)} stages; expected PROJECTION, or SPARSIFICATION->PROJECTION",
                     f"{_nearest(parts[0])}->{_nearest(parts[-1].partition('*')[0])}",
                 )
             projection = parts[-1]

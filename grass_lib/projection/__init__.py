@@ -1,4 +1,4 @@
-"""Linear maps from gradients of length p to vectors of length k, one file per family."""
+"""Projections ``R^p -> R^k``: one module per family, built from a spec by `build_projector`."""
 
 from grass_lib.projection.base import Projector
 from grass_lib.projection.mask_file import Mask

@@ -18,10 +18,10 @@ _FACTOR_BITS = 6
 class FJLTProjector(Projector):
     """``P x = sum over blocks of sqrt(n / k) S_b H_b D_b x_b`` with n = 2^m >= k, the last block padded with zeros.
 
-    D_b holds random signs, H_b is the orthonormal Walsh-Hadamard matrix and S_b picks k of the n rows without replacement,
-    in random order. The order matters: with rows in one common order, equal positions of two blocks would meet in every
-    output (Ailon and Chazelle 2009 for one block; the blocks keep memory small). The rows that the paper calls fjlt were a
-    dense Rademacher projection; `paper_scale` is that operator's missing 1/sqrt(k).
+    D_b holds random signs, H_b is the orthonormal Walsh-Hadamard matrix and S_b picks k of the n rows without
+    replacement, in random order (Ailon and Chazelle 2009 for one block; the blocks keep memory small). The order matters:
+    with rows in one common order, equal positions of two blocks would meet in every output. The rows that the paper calls
+    fjlt were a dense Rademacher projection; `paper_scale` is that operator's missing 1/sqrt(k).
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -55,7 +55,7 @@ class FJLTProjector(Projector):
         return out.mul_(1.0 / math.sqrt(self.k))
 
     def _blocks(self, part: Tensor, first: int, last: int) -> Tensor:
-        """Sum over the blocks first .. last - 1 of S H D x without scales, ``(k, batch)``; H has entries of 1 and -1."""
+        """Sum of S H D x over blocks first .. last - 1, without scales, ``(k, batch)``; H has entries of 1 and -1."""
         start, end = first * self.n, min(self.p, last * self.n)
         count, batch = last - first, part.shape[0]
         values = torch.empty((count * self.n, batch), dtype=self.accumulate_dtype, device=self.device)
@@ -74,7 +74,7 @@ class FJLTProjector(Projector):
 
 
 def fjlt_signs(stream: Stream, p: int, device: torch.device) -> Tensor:
-    """Random signs of the p coordinates, int8: the call with counter (j // 128, 0), bit j % 32 of word j % 128 // 32."""
+    """Random signs ``(p,)`` int8: coordinate j has bit j % 32 of word j % 128 // 32 at the counter (j // 128, 0)."""
     words = stream.words(torch.arange(-(-p // 128), device=device))
     bits = words.unsqueeze(-1) >> torch.arange(32, device=device) & 1
     return (bits * 2 - 1).to(torch.int8).reshape(-1)[:p]

@@ -10,8 +10,8 @@ from grass_lib.projection.base import Projector, Recipe
 class ComposedProjector(Projector):
     """``P x = second(first(x))``.
 
-    grass_N-K is random_mask-(N*K) followed by sjlt-K (paper, section on GraSS), with the numbers of the two built apart;
-    selective_grass takes the mask from a file.
+    grass_N-K is random_mask-(N*K) followed by sjlt-K (the paper's GraSS), with the numbers of the two built apart;
+    selective_grass takes the mask from a file. A half-precision output is rounded once, at the end.
 
     Attributes:
         first: Projector of the input.

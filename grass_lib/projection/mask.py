@@ -13,8 +13,8 @@ from grass_lib.projection.base import Projector, Recipe
 class MaskProjector(Projector):
     """``P x = x[I]``, times sqrt(p / k) for a random I, so that inner products are right in expectation.
 
-    random_mask draws I uniformly among the sets of k coordinates (`Stream.distinct`); selective_mask takes it from a mask
-    file and leaves the values as they are. The variance of ``<P x, P y>`` over random masks, with z = x * y, is
+    random_mask draws I uniformly among the sets of k coordinates (`Stream.distinct`); selective_mask takes it from a
+    mask file and leaves the values as they are. The variance of ``<P x, P y>`` over random masks, with z = x * y, is
     ``p (p - k) / (k (p - 1)) * (sum z^2 - (sum z)^2 / p)``.
 
     Attributes:

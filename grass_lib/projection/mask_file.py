@@ -84,7 +84,9 @@ class Mask:
         """
         path = Path(path)
         if not path.parent.is_dir():
-            raise UsageError(f"cannot write the mask {path.name!r}: the folder {path.parent} does not exist; make it first")
+            raise UsageError(
+                f"cannot write the mask {path.name!r}: the folder {path.parent} does not exist; make it first"
+            )
         tensors = {"indices": self.indices.cpu().contiguous()}
         if self.scores is not None:
             tensors["scores"] = self.scores.cpu().contiguous()
@@ -122,7 +124,9 @@ class Mask:
                 names = set(file.keys())
                 tensors = {name: file.get_tensor(name) for name in ("indices", "scores") if name in names}
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path.name} is not a readable safetensors file ({error}); expected a mask file") from error
+            raise UsageError(
+                f"{path.name} is not a readable safetensors file ({error}); expected a mask file"
+            ) from error
         missing = [name for name in ("p", "fingerprint", "provenance") if name not in metadata]
         if missing or "indices" not in tensors:
             raise UsageError(

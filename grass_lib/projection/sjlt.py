@@ -27,7 +27,7 @@ class SJLTProjector(Projector):
 
     The table takes 5 bytes per nonzero. Sums run over j in ascending order on every device, without float atomics, so
     results are deterministic: rows are scattered one after the other on a CPU; on a GPU every output gathers its own
-    columns, sorted by destination.
+    columns, sorted by destination. For c > 1 a CPU adds one nonzero of all columns after the other.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -80,8 +80,8 @@ class SJLTProjector(Projector):
 def sjlt_table(stream: Stream, p: int, k: int, c: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Destinations and signs of an SJLT.
 
-    The nonzero i of column j has the counter (j low, i, j high, 0): word 0 times k gives the destination (high word), the
-    lowest bit of word 1 the sign.
+    The nonzero i of column j has the counter (j low, i, j high, 0): word 0 times k gives the destination (high word),
+    the lowest bit of word 1 the sign.
 
     Args:
         stream: The random stream.
