@@ -28,6 +28,18 @@ Exit codes: 0 all good, 1 something failed (each failure is named with its log),
 Folders: GRASS_DATA (data laid out as on the hub), GRASS_RUNS (where runs go), GRASS_ROOT (the project, if not here).
 """
 
+_RUN_HELP = (
+    "Plan, execute and verify notebooks; skip what an identical finished run already gives.\n\n"
+    "Every input is checked before anything runs. A run that was killed goes on where it stopped; one failure does not "
+    "stop the others. Each run has a folder runs/<run id> with notebook.ipynb, record.json, status.json, log.txt and "
+    "store/.\n\nExamples: grass run mlp_mnist -p seed=3;  grass run --projection sjlt-512 --projection normal-512"
+)
+_VERIFY_HELP = (
+    "Check that runs are whole: exit code, executed cells, no errors, the sentinel, the record.\n\n"
+    "Without arguments, looks at everything below runs/ and book/measured/; runs made by hand in Jupyter are only "
+    "mentioned."
+)
+
 app = typer.Typer(
     name="grass",
     help=_HELP,
@@ -62,9 +74,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-Experiments = Annotated[
-    list[str] | None, typer.Argument(metavar="[EXPERIMENT]...", help="Which ones; all without any.")
-]
+Experiments = Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT", help="Which ones; all without any.")]
 
 
 @app.command()
@@ -105,7 +115,7 @@ def _list_parameters(names: Sequence[str]) -> None:
         typer.echo(describe(read_parameters(template_path(project_root(), experiments_by_name()[name])), name))
 
 
-@app.command()
+@app.command(help=_RUN_HELP)
 def run(
     experiments: Experiments = None,
     scale: Annotated[
@@ -146,11 +156,7 @@ def run(
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bars.")] = False,
 ) -> None:
-    """Plan, execute and verify notebooks; skip what an identical finished run already gives.
-
-    Every input is checked before anything runs. A run that was killed goes on where it stopped; one failure does not
-    stop the others. Each run has a folder runs/<run id> with notebook.ipynb, record.json, status.json, log.txt, store/.
-    """
+    """Plan, execute and verify notebooks."""
     if list_parameters:
         _list_parameters(experiments or ())
         return
@@ -204,17 +210,13 @@ def _execute(planned: Sequence[PlannedRun], executor: str, jobs: int, force: boo
     return run_all(planned, jobs=jobs, force=force, progress=progress, report=show_outcome)
 
 
-@app.command()
+@app.command(help=_VERIFY_HELP)
 def verify(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run ids or folders; all finished ones without any.")
+        list[str] | None, typer.Argument(metavar="RUN", help="Run ids or folders; all finished ones without any.")
     ] = None,
 ) -> None:
-    """Check that runs are whole: exit code, executed cells, no errors, the sentinel, the record.
-
-    Without arguments, looks at everything below runs/ and book/measured/. Runs made by hand in Jupyter are only
-    mentioned.
-    """
+    """Check that runs are whole."""
     from grass_lib.runner.collect import find_run, is_manual, run_folders
     from grass_lib.runner.verify import verify_run
 

@@ -49,12 +49,12 @@ def show_outcome(outcome: Outcome) -> None:
     console = console_for(stderr=True)
     name = outcome.planned.run_id
     if outcome.state == "done":
-        console.print(f"[green]done[/]     {name} in {outcome.seconds:.0f} s, {escape(near(outcome.planned.folder))}")
+        console.print(f"[green]done[/]      {name} in {outcome.seconds:.0f} s, {escape(near(outcome.planned.folder))}")
     elif outcome.state == "skipped":
-        console.print(f"[green]skipped[/]  {name}: {escape(outcome.message)} ({escape(near(outcome.planned.folder))})")
+        console.print(f"[green]skipped[/]   {name}: {escape(outcome.message)} ({escape(near(outcome.planned.folder))})")
     else:
         log = f" (log: {near(outcome.log)})" if outcome.log.exists() else ""
-        console.print(f"[red]{outcome.state}[/]  {name}: {escape(outcome.message)}{escape(log)}")
+        console.print(f"[red]{outcome.state:<9}[/] {name}: {escape(outcome.message)}{escape(log)}")
 
 
 def show_doctor(facts: Sequence[Fact], verdicts: Sequence[Verdict]) -> None:

@@ -183,7 +183,7 @@ def verdicts(names: Sequence[str] = (), scales: Sequence[str] = ()) -> list[Verd
         One verdict per experiment and scale.
     """
     from grass_lib.runner.parameters import read_parameters
-    from grass_lib.runner.planning import check_names, experiments_by_name, template_path
+    from grass_lib.runner.planning import check_experiment, check_names, experiments_by_name, template_path
 
     found = []
     for name in check_names(names):
@@ -196,9 +196,6 @@ def verdicts(names: Sequence[str] = (), scales: Sequence[str] = ()) -> list[Verd
         for scale in experiment.scales:
             if scales and scale not in scales:
                 continue
-            try:
-                problems = broken + list(experiment.check(scale))
-            except GrassError as error:
-                problems = [*broken, str(error)]
+            problems = [*broken, *check_experiment(experiment, scale)]
             found.append(Verdict(name, experiment.title, scale, tuple(problems)))
     return found

@@ -124,6 +124,24 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def shared(self, name: str) -> Path:
+        """A folder that runs of one experiment and scale share, for what does not depend on all parameters.
+
+        Args:
+            name: of the folder, such as ``networks``.
+
+        Returns:
+            The folder ``<experiment>-<scale>-<name>`` below ``shared/`` beside the runs; it exists.
+
+        Raises:
+            UsageError: the name is not a plain name.
+        """
+        if not is_run_id(name):
+            raise UsageError(f"{name!r} is not a plain name, expected letters, digits, '.', '_' or '-'; take out '/'")
+        folder = runs_root() / "shared" / f"{self._experiment}-{self._scale}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def describe_data(self, *, source: str, rows: int, sha256: str, kind: str) -> None:
         """Says which data the run used; `finish` needs it.
 

@@ -259,12 +259,25 @@ def _plan_one(
     return _with_pending(planned)
 
 
+def check_experiment(experiment: Experiment, scale: str) -> list[str]:
+    """Why an experiment would not work here, one sentence each.
+
+    Args:
+        experiment: which one.
+        scale: at which scale.
+    """
+    try:
+        return list(experiment.check(scale))
+    except GrassError as error:
+        return [str(error)]
+
+
 def _problems(experiment: Experiment, scale: str) -> tuple[list[str], str | None]:
     """Why an experiment cannot run here, and the hash of its data."""
     if scale not in experiment.scales:
         has = " and ".join(experiment.scales)
         return [f"{experiment.name} has no scale {scale!r}; it has {has}"], None
-    problems = list(experiment.check(scale))
+    problems = check_experiment(experiment, scale)
     fingerprint = None
     try:
         fingerprint = experiment.data_fingerprint(scale)
@@ -272,7 +285,7 @@ def _problems(experiment: Experiment, scale: str) -> tuple[list[str], str | None
         if not problems:
             problems.append(str(error))
     if problems:
-        others = [name for name in experiment.scales if name != scale and not experiment.check(name)]
+        others = [name for name in experiment.scales if name != scale and not check_experiment(experiment, name)]
         problems.append(
             f"the scale that works here is {others[0]}: grass run {experiment.name} --scale {others[0]}"
             if others

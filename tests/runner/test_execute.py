@@ -179,6 +179,7 @@ def test_stop_ends_the_kernel(toy):
     assert any("exit code is 130" in problem for problem in verify_run(planned.folder))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_the_kernel_and_end_with_their_code(toy, number, code):
     process = toy.command("run", "toy", "-p", "act=sleep", "-q")
@@ -199,6 +200,7 @@ def started_kernel(toy):
     return int(pids()[0])
 
 
+@pytest.mark.system
 def test_killed_runner_takes_its_kernel_along_and_the_next_run_goes_on(toy):
     process = toy.command("run", "toy", "-p", "act=sleep", "-q")
     kernel = started_kernel(toy)

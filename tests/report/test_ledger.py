@@ -1,0 +1,184 @@
+import json
+
+import pytest
+
+from grass_lib.report.ledger import FIELDS, ledger_rows
+from grass_lib.report.published import published_rows
+from grass_lib.report.schema import RunRecord
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    monkeypatch.setattr("grass_lib.experiments.EXPERIMENTS", {"mlp_mnist": None}, raising=False)
+
+
+def result(projection, mean=0.4, interval=(0.39, 0.41), *, sparsification="identity", **more):
+    family, _, k = projection.partition("-")
+    return {
+        "attributor": "trak",
+        "sparsification": sparsification,
+        "projection": projection,
+        "spec": projection,
+        "k": int(k),
+        "lds": {"mean": mean, "interval": list(interval), "n_models": 50, "n_queries": 450, "n_undefined": 0},
+        "noise_ceiling": None,
+        "damping": 0.1,
+        "damping_convention": "relative",
+        "projection_seconds": 2.0,
+        "backend": "torch",
+        "operator": family,
+        **more,
+    }
+
+
+def record(*rows, scale="paper", kind="official", run_id="run-1", experiment="mlp_mnist", **extra):
+    return RunRecord(
+        run_id=run_id,
+        experiment=experiment,
+        scale=scale,
+        data={"source": "x", "rows": 1, "sha256": "0" * 64, "kind": kind},
+        parameters={},
+        results=list(rows),
+        phases={},
+        peak_bytes=1,
+        stored_bytes=0,
+        tokens_per_second=None,
+        device={"type": "cuda", "name": "a GPU"},
+        versions={"python": "3.11"},
+        source_hash="0" * 64,
+        modules={},
+        git_commit=None,
+        started="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:01:00+00:00",
+        extra=extra,
+    )
+
+
+def find(rows, projection, metric="lds", sparsification="identity", experiment="mlp_mnist"):
+    (row,) = [
+        row
+        for row in rows
+        if (row["experiment"], row["sparsification"], row["projection"], row["metric"])
+        == (experiment, sparsification, projection, metric)
+    ]
+    return row
+
+
+def published(projection, metric="lds"):
+    return next(row[metric] for row in published_rows("mlp_mnist") if row["projection"] == projection)
+
+
+def test_every_published_figure_has_one_row_and_the_claim_has_one():
+    rows = ledger_rows([])
+    assert len(rows) == 111 * 2 + 1
+    assert {row["metric"] for row in rows[:-1]} == {"lds", "projection_seconds"}
+    assert all(tuple(row) == FIELDS for row in rows)
+    assert all(row["verdict"] == "not run" and row["measured"] is None and row["reason"] for row in rows)
+    assert [row["published"] for row in rows[:-1:2]] == [row["lds"] for row in published_rows()]
+    assert [row["published"] for row in rows[1:-1:2]] == [row["projection_seconds"] for row in published_rows()]
+    claim = rows[-1]
+    assert (claim["experiment"], claim["published"]) == ("llama3_openwebtext", 165.0)
+    assert "165 %" in claim["reason"]
+    assert find(rows, "identity", sparsification="random_mask-16*16", experiment="gpt2_wikitext")["k"] == 256
+    json.dumps(rows, allow_nan=False)
+
+
+def test_not_run_says_what_to_do():
+    rows = ledger_rows([record(result("sjlt-2048"))])
+    assert "grass run mlp_mnist --scale paper" in find(ledger_rows([]), "sjlt-2048")["reason"]
+    assert "--projection 'normal-4096'" in find(rows, "normal-4096")["reason"]
+    assert "--projection 'rademacher-4096'" in find(rows, "fjlt-4096")["reason"]
+    assert "mask that is fitted" in find(rows, "selective_mask-4096")["reason"]
+    other = find(rows, "sjlt-2048", experiment="resnet9_cifar2")
+    assert other["reason"] == "this version has no notebook for the pair"
+
+
+@pytest.mark.parametrize(
+    ("difference", "half", "verdict"),
+    [
+        (0.0, 0.01, "reproduced"),
+        (0.02, 0.001, "reproduced"),
+        (-0.02, 0.001, "reproduced"),
+        (0.0201, 0.001, "differs"),
+        (-0.0201, 0.02, "differs"),
+        (0.03, 0.03, "reproduced"),
+        (-0.0301, 0.03, "differs"),
+    ],
+)
+def test_verdict_is_the_larger_of_the_tolerance_and_half_the_interval(difference, half, verdict):
+    mean = published("sjlt-4096") + difference
+    row = find(ledger_rows([record(result("sjlt-4096", mean, (mean - half, mean + half)))]), "sjlt-4096")
+    assert row["verdict"] == verdict
+    assert row["measured"] == mean
+    assert row["interval"] == [mean - half, mean + half]
+    assert (row["run_id"], row["data"], row["operator"]) == ("run-1", "official", "sjlt")
+    assert f"{abs(difference):.4f}" in row["reason"]
+    assert "damping 0.1 relative" in row["reason"]
+
+
+def test_embedded_runs_never_fill_a_row():
+    rows = ledger_rows([record(result("sjlt-4096"), scale="embedded", kind="embedded")])
+    assert all(row["measured"] is None for row in rows)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("substitute", {}), ("official", {"weights": "substitute"})])
+def test_substitutes_are_not_comparable(kind, extra):
+    mean = published("sjlt-4096")
+    row = find(ledger_rows([record(result("sjlt-4096", mean), kind=kind, **extra)]), "sjlt-4096")
+    assert row["verdict"] == "not comparable"
+    assert "substitute" in row["reason"]
+    assert row["measured"] == mean
+
+
+def test_seconds_are_compared_as_ratios_within_the_run():
+    rows = ledger_rows([record(result("sjlt-4096"), result("normal-4096", projection_seconds=6.0))])
+    row = find(rows, "normal-4096", "projection_seconds")
+    assert (row["verdict"], row["measured"], row["interval"]) == ("not comparable", 6.0, None)
+    theirs = published("normal-4096", "projection_seconds") / published("sjlt-4096", "projection_seconds")
+    assert f"3.00 times sjlt-4096 here, {theirs:.2f} times as published" in row["reason"]
+
+
+def test_published_fjlt_is_set_beside_rademacher_and_our_fjlt_is_mentioned():
+    mean = published("fjlt-4096")
+    rows = ledger_rows([record(result("rademacher-4096", mean), result("fjlt-4096", 0.1234))])
+    row = find(rows, "fjlt-4096")
+    assert (row["measured"], row["operator"], row["verdict"]) == (mean, "rademacher", "reproduced")
+    assert "dense Rademacher" in row["reason"]
+    assert "our blocked fjlt, another operator: 0.1234" in row["reason"]
+    alone = find(ledger_rows([record(result("fjlt-4096", mean))]), "fjlt-4096")
+    assert alone["measured"] is None, "another operator never fills the row"
+    assert "0.43" in alone["reason"]
+
+
+def test_first_record_wins_and_others_fill_what_it_lacks():
+    first = record(result("sjlt-2048", 0.41), run_id="first")
+    second = record(result("sjlt-2048", 0.2), result("sjlt-4096", 0.42), run_id="second")
+    rows = ledger_rows([first, second])
+    assert (find(rows, "sjlt-2048")["run_id"], find(rows, "sjlt-4096")["run_id"]) == ("first", "second")
+
+
+def test_the_papers_damping_convention_is_preferred():
+    relative = result("sjlt-2048", 0.1)
+    paper = result("sjlt-2048", published("sjlt-2048"), damping_convention="paper")
+    row = find(ledger_rows([record(relative, paper)]), "sjlt-2048")
+    assert row["verdict"] == "reproduced"
+    assert "damping 0.1, published 0.1" in row["reason"]
+
+
+def test_masked_projections_are_rows_of_their_own():
+    masked = result("sjlt-2048", 0.9, sparsification="random_mask-32768")
+    rows = ledger_rows([record(masked, experiment="resnet9_cifar2")])
+    assert find(rows, "sjlt-2048", experiment="resnet9_cifar2")["measured"] is None
+    hit = find(rows, "sjlt-2048", sparsification="random_mask-32768", experiment="resnet9_cifar2")
+    assert hit["measured"] == 0.9
+    assert hit["verdict"] == "differs"
+
+
+@pytest.mark.parametrize(
+    ("measured", "extra", "verdict"),
+    [(170, {}, "reproduced"), (90, {}, "differs"), (170, {"weights": "substitute"}, "not comparable")],
+)
+def test_claim(measured, extra, verdict):
+    run = record(experiment="llama3_openwebtext", throughput_percent_faster=measured, **extra)
+    row = ledger_rows([run])[-1]
+    assert (row["measured"], row["verdict"]) == (measured, verdict)
