@@ -289,3 +289,33 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "record.json").write_text('{"run_id": "x"')
     with pytest.raises(RecordError, match=r"record.json: run record: not readable as JSON"):
         load_record(tmp_path / "record.json")
+
+
+def test_on_a_gpu_the_record_names_it_and_the_peak_of_every_phase(project, monkeypatch):
+    """With a stand-in for torch: the peak is that of the whole run, though each phase starts counting anew."""
+    from types import SimpleNamespace
+
+    peak = {"bytes": 700}
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        synchronize=lambda: None,
+        max_memory_allocated=lambda: peak["bytes"],
+        reset_peak_memory_stats=lambda: peak.update(bytes=0),
+        current_device=lambda: 0,
+        get_device_properties=lambda index: SimpleNamespace(name="a GPU", total_memory=10**9),
+    )
+    torch = SimpleNamespace(
+        cuda=cuda, version=SimpleNamespace(cuda="13.0"), device=lambda text: SimpleNamespace(index=0)
+    )
+    monkeypatch.setattr("grass_lib.report.environment.loaded_torch", lambda: torch)
+    run = begin()
+    with run.phase("train"):
+        peak["bytes"] = 500
+    with run.phase("attribute"):
+        peak["bytes"] = 300
+    finished(run)
+    record = load_record(project.runs / "toy-1" / "record.json")
+    assert record.phase_peak_bytes == {"train": 500, "attribute": 300}
+    assert record.peak_bytes == 700
+    assert (record.device["type"], record.device["name"], record.device["cuda"]) == ("cuda", "a GPU", "13.0")
