@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from grass_lib.errors import GrassError, UsageError
+from grass_lib.errors import UsageError
 from grass_lib.projection.base import Projector, Recipe
 from grass_lib.projection.sjlt import sjlt_table
 
@@ -21,6 +21,8 @@ from grass_lib.projection.sjlt import sjlt_table
 _MAX_C = 16
 # Its kernel computes b * p + j and b * k + r in 32 bits.
 _MAX_ELEMENTS = 2**31 - 1
+# The matrix of fast_jl depends on the number of tiles; a fixed one gives the same matrix on every GPU.
+_TILES = 128
 
 
 class SJLTPackageProjector(Projector):
@@ -71,7 +73,8 @@ class FastJLProjector(Projector):
     """A dense Rademacher projection through the package ``fast_jl``, scaled by 1/sqrt(k).
 
     Its matrix is its own, so the numbers differ from the PyTorch backend's for every seed. Values are converted to half
-    precision before they are summed in float32: magnitudes below about 6e-8 are lost and above 65,504 overflow.
+    precision (11 bits) before they are summed in float32. Each row is divided by its largest magnitude before and
+    multiplied after, so that small gradients do not vanish; entries below 6e-8 of the largest still do.
     """
 
     backend = "fast_jl"
@@ -86,24 +89,22 @@ class FastJLProjector(Projector):
         super().__init__(recipe, stage.k)
         # One positive 31-bit number from the stream's key, so that different streams have different matrices.
         self._seed = recipe.stream.key[0] >> 1
-        self._tiles = torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def _project(self, rows: Tensor) -> Tensor:
         out = torch.empty((rows.shape[0], self.k), dtype=torch.float32, device=self.device)
         with torch.cuda.device(self.device):
             for start in range(0, rows.shape[0], 32):
-                block = rows[start : start + 32].float().contiguous()
+                block = rows[start : start + 32].float()
+                largest = block.abs().amax(dim=1, keepdim=True)
+                largest.masked_fill_(largest == 0, 1.0)
+                block = (block / largest).contiguous()
                 size = next(size for size in (8, 16, 32) if block.shape[0] <= size)
                 project = getattr(self._package, f"project_rademacher_{size}")
+                # As with sjlt: the kernel runs on the legacy default stream.
                 torch.cuda.current_stream().synchronize()
-                result = project(block, self.k, self._seed, self._tiles)
+                result = project(block, self.k, self._seed, _TILES)
                 torch.cuda.default_stream().synchronize()
-                out[start : start + 32] = result[: block.shape[0]]
-        if not bool(torch.isfinite(out).all()):
-            raise GrassError(
-                f"{self.spec} through fast_jl gave infinite values: inputs above 65,504 overflow its half precision; "
-                "use backend='torch' or scale the input"
-            )
+                torch.mul(result[: block.shape[0]], largest, out=out[start : start + 32])
         return out.mul_(1.0 / math.sqrt(self.k))
 
 
@@ -111,7 +112,7 @@ def _import(name: str, recipe: Recipe) -> ModuleType:
     """Imports an optional package, or says how to get it."""
     if recipe.device.type != "cuda":
         raise UsageError(
-            f"backend={name!r} needs a CUDA GPU, and the device is {recipe.device}; use backend='torch' or device='cuda'"
+            f"backend={name!r} needs a CUDA GPU, and the device is {recipe.device}; use backend='torch' or a GPU"
         )
     try:
         with warnings.catch_warnings():

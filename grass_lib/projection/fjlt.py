@@ -18,10 +18,15 @@ _FACTOR_BITS = 6
 class FJLTProjector(Projector):
     """``P x = sum over blocks of sqrt(n / k) S_b H_b D_b x_b`` with n = 2^m >= k, the last block padded with zeros.
 
-    D_b holds random signs, H_b is the orthonormal Walsh-Hadamard matrix and S_b picks k of the n rows without
-    replacement, in random order (Ailon and Chazelle 2009 for one block; the blocks keep memory small). The order matters:
-    with rows in one common order, equal positions of two blocks would meet in every output. The rows that the paper calls
-    fjlt were a dense Rademacher projection; `paper_scale` is that operator's missing 1/sqrt(k).
+    D_b holds random signs, H_b is the orthonormal Walsh-Hadamard matrix and S_b picks k of its n rows without
+    replacement, in random order and with random signs (Ailon and Chazelle 2009 for one block; the blocks keep memory
+    small). Order and signs matter: with rows in one common order, equal positions of two blocks would meet in every
+    output, and without signs the first positions still would, because their column of H_b is constant. The variance of
+    ``<P x, P y>`` is the sum over pairs l < m of ``(x_l y_m + x_m y_l)^2`` times 1/k, or (n - k) / (k (n - 1)) where l
+    and m are in one block.
+
+    The rows that the paper calls fjlt were a dense Rademacher projection; `paper_scale` is that operator's missing
+    1/sqrt(k).
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -31,7 +36,7 @@ class FJLTProjector(Projector):
         self.n = 1 << (self.k - 1).bit_length()
         self.blocks = -(-self.p // self.n)
         self.signs = fjlt_signs(recipe.stream, self.p, self.device)
-        self.rows = fjlt_rows(recipe.stream, self.blocks, self.n, self.k, self.device)
+        self.rows, self.row_signs = fjlt_rows(recipe.stream, self.blocks, self.n, self.k, self.device)
         self._factors = [_hadamard(bits, self.accumulate_dtype, self.device) for bits in _split_bits(self.n)]
 
     @property
@@ -55,7 +60,7 @@ class FJLTProjector(Projector):
         return out.mul_(1.0 / math.sqrt(self.k))
 
     def _blocks(self, part: Tensor, first: int, last: int) -> Tensor:
-        """Sum of S H D x over blocks first .. last - 1, without scales, ``(k, batch)``; H has entries of 1 and -1."""
+        """Sum of S H D x over blocks first .. last - 1, unscaled, ``(k, batch)``; entries of H are 1 and -1."""
         start, end = first * self.n, min(self.p, last * self.n)
         count, batch = last - first, part.shape[0]
         values = torch.empty((count * self.n, batch), dtype=self.accumulate_dtype, device=self.device)
@@ -70,6 +75,7 @@ class FJLTProjector(Projector):
             outer *= size
         base = torch.arange(count, device=self.device).unsqueeze(1) * self.n
         picked = values.view(count * self.n, batch).index_select(0, (self.rows[first:last] + base).reshape(-1))
+        picked.mul_(self.row_signs[first:last].reshape(-1, 1))
         return picked.view(count, self.k, batch).sum(0)
 
 
@@ -80,21 +86,27 @@ def fjlt_signs(stream: Stream, p: int, device: torch.device) -> Tensor:
     return (bits * 2 - 1).to(torch.int8).reshape(-1)[:p]
 
 
-def fjlt_rows(stream: Stream, blocks: int, n: int, k: int, device: torch.device) -> Tensor:
-    """The rows that each block keeps, in random order, int32 ``(blocks, k)``.
+def fjlt_rows(stream: Stream, blocks: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows that each block keeps, in random order, and their signs.
 
     They are the first k of the n positions ordered by 64-bit keys; position t of block b has its key in the call with
-    counter (b, 1 + t // 2): words 0 and 1 for even t, 2 and 3 for odd t.
+    counter (b, 1 + t // 2): words 0 and 1 for even t, 2 and 3 for odd t. The key's lowest bit is the sign of the row.
+
+    Returns:
+        ``(rows (blocks, k) int32, signs (blocks, k) int8)``.
     """
     rows = torch.empty((blocks, k), dtype=torch.int32, device=device)
+    signs = torch.empty((blocks, k), dtype=torch.int8, device=device)
     call = torch.arange(1, 1 + -(-n // 2), device=device)
     step = max(1, (1 << 22) // n)
     for start in range(0, blocks, step):
         block = torch.arange(start, min(blocks, start + step), device=device).unsqueeze(1)
         words = stream.words(block, call)
         keys = (words[..., 0::2] << 32 | words[..., 1::2]).reshape(block.shape[0], -1)[:, :n]
-        rows[start : start + step] = torch.argsort(keys, dim=1, stable=True)[:, :k]
-    return rows
+        ordered, order = torch.sort(keys, dim=1, stable=True)
+        rows[start : start + step] = order[:, :k]
+        signs[start : start + step] = (ordered[:, :k] & 1) * 2 - 1
+    return rows, signs
 
 
 def _split_bits(n: int) -> list[int]:

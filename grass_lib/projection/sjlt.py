@@ -21,8 +21,8 @@ _CUDA_BYTES = 2 << 30
 class SJLTProjector(Projector):
     """``y[r(j, i)] += s(j, i) x[j] / sqrt(c)`` for the c nonzeros i of every column j (Kane and Nelson, 2014).
 
-    Destinations are uniform and independent, also within one column, as in the package ``sjlt``: two nonzeros of a column
-    may meet, and the operator is an isometry in expectation for every c and k. The variance of ``<P x, P y>`` is
+    Destinations are uniform and independent, also within one column, as in the package ``sjlt``: two nonzeros of a
+    column may meet, and the operator is an isometry in expectation for every c and k. The variance of ``<P x, P y>`` is
     ``((sum x^2)(sum y^2) + (sum x y)^2 - 2 sum x^2 y^2) / k + 2 (1 - 1/c) sum x^2 y^2 / k``.
 
     The table takes 5 bytes per nonzero. Sums run over j in ascending order on every device, without float atomics, so
