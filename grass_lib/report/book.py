@@ -128,7 +128,7 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
             f"The figure of this page is drawn from a run. Make one: `{command}`, then `grass book`.\n:::\n"
         )
     best = ranked[0]
-    files = draw_record(best.record, folder)
+    files = draw_record(best.record, folder, formats=("svg",))
     image = next(path for path in files if path.name.endswith("_lds.svg"))
     caption = (
         "LDS of TRAK against the compressed dimension k, one line per projection, bars for the 95 % interval over "

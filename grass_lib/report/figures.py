@@ -193,34 +193,36 @@ def time_figure(
     return figure
 
 
-def save_figure(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
-    """Writes a figure as PNG, SVG and PDF, the same bytes each time.
+def save_figure(figure: Figure, stem: str, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Writes a figure as PNG, SVG and PDF (or some of them), the same bytes each time.
 
     Args:
         figure: the figure.
         stem: file name without suffix.
         folder: where to write; made when missing.
+        formats: suffixes to write.
 
     Returns:
-        The three paths.
+        The paths, in the order of the formats.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     paths = []
     with figure_style():
-        for suffix in FORMATS:
+        for suffix in formats:
             path = target / f"{stem}.{suffix}"
             figure.savefig(path, dpi=200, metadata=_METADATA[suffix], bbox_inches="tight", transparent=True)
             paths.append(path)
     return paths
 
 
-def draw_record(record: RunRecord, folder: str | Path) -> list[Path]:
+def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draws the figures of one run; published values stand beside a paper-scale run.
 
     Args:
         record: the run's record.
         folder: where to write.
+        formats: suffixes to write.
 
     Returns:
         The files written.
@@ -234,10 +236,9 @@ def draw_record(record: RunRecord, folder: str | Path) -> list[Path]:
     title = f"{experiment_title(record.experiment)}, {record.scale} scale"
     ceiling = next((row["noise_ceiling"] for row in pick_rows(record) if row.get("noise_ceiling")), None)
     stem = record.experiment if record.scale == "paper" else f"{record.experiment}_{record.scale}"
-    written = save_figure(
-        lds_figure(record, published=shown, noise_ceiling=ceiling, title=title), f"{stem}_lds", folder
-    )
-    return written + save_figure(time_figure(record, title=title), f"{stem}_projection_time", folder)
+    lds = lds_figure(record, published=shown, noise_ceiling=ceiling, title=title)
+    written = save_figure(lds, f"{stem}_lds", folder, formats)
+    return written + save_figure(time_figure(record, title=title), f"{stem}_projection_time", folder, formats)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

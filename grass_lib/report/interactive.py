@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 _CLEAR = "rgba(0,0,0,0)"
 _GRID = "rgba(122,122,122,0.25)"
+_AXES_FROM = 0.38
 
 
-def _figure(y_title: str) -> go.Figure:
+def _figure(y_title: str, height: int = 520) -> go.Figure:
     import plotly.graph_objects as go
 
     axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": NEUTRAL, "showline": True}
@@ -30,13 +31,14 @@ def _figure(y_title: str) -> go.Figure:
         paper_bgcolor=_CLEAR,
         plot_bgcolor=_CLEAR,
         font={"color": NEUTRAL, "size": 13},
-        margin={"l": 56, "r": 12, "t": 16, "b": 48},
-        height=460,
+        margin={"l": 56, "r": 12, "t": 16, "b": 8},
+        height=height,
         hoverlabel={"font": {"size": 13}},
         modebar={"bgcolor": _CLEAR, "color": NEUTRAL, "activecolor": NEUTRAL},
-        legend={"orientation": "h", "yref": "container", "y": 0, "x": 0, "yanchor": "bottom"},
+        # The axes end above the legend, whose rows grow downwards when the page is narrow.
+        legend={"orientation": "h", "y": _AXES_FROM - 0.13, "x": 0, "yanchor": "top", "font": {"size": 12}},
         xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension", "standoff": 6}},
-        yaxis={**axis, "title": {"text": y_title}},
+        yaxis={**axis, "title": {"text": y_title}, "domain": [_AXES_FROM, 1]},
     )
     return figure
 
@@ -113,7 +115,7 @@ def _fragment(figure: go.Figure, div_id: str, embed: bool) -> str:
         include_plotlyjs=embed,
         div_id=div_id,
         config={"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage", "resetScale2d"]]},
-        default_height="460px",
+        default_height=f"{figure.layout.height}px",
     )
     return f'<div class="grass-interactive">{body}</div>'
 
@@ -189,7 +191,7 @@ def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-pub
     Returns:
         An HTML fragment.
     """
-    figure = _figure("LDS, published")
+    figure = _figure("LDS, published", height=640)
     rows = comparable(published)
     pairs = list(dict.fromkeys(row["experiment"] for row in rows))
     owner: list[str] = []
@@ -208,7 +210,7 @@ def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-pub
             {
                 "type": "dropdown",
                 "x": 0,
-                "y": 1.14,
+                "y": 1.1,
                 "xanchor": "left",
                 "yanchor": "top",
                 "bgcolor": _CLEAR,

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,22 +80,31 @@ def html_output(text: str) -> Any:
     return new_output("execute_result", {"text/html": text, "text/plain": "<HTML>"}, execution_count=1)
 
 
-def toy_notebook(sentinel: str = "done", images: tuple[Any, Any] | None = None) -> nbformat.NotebookNode:
-    """What a notebook of the book looks like after execution: figures, tables, a gallery, an interactive figure."""
+@cache
+def _toy_outputs() -> str:
+    """The outputs, drawn once for all tests, as JSON."""
+    return json.dumps(_draw_outputs(toy_images(6), toy_images(40, 1)))
+
+
+def _draw_outputs(queries: Any, train: Any) -> list[Any]:
     rows = toy_rows()
-    queries, train = images or (toy_images(6), toy_images(40, 1))
     gallery = image_gallery(
         queries, train, toy_ranked(), queries=[0, 1, 2, 3], query_labels=np.arange(6), train_labels=np.arange(40) % 10
     )
-    outputs = [
+    return [
         png_output(lds_figure(rows, noise_ceiling=CEILING)),
         html_output(table_html(lds_table(rows), "dt-lds", caption="LDS")),
         html_output(lds_figure_html(rows, noise_ceiling=CEILING)),
         png_output(time_figure(rows)),
         html_output(table_html(time_table(rows), "dt-time")),
         png_output(gallery),
-        new_output("stream", name="stdout", text=sentinel + "\n"),
     ]
+
+
+def toy_notebook(sentinel: str = "done", images: tuple[Any, Any] | None = None) -> nbformat.NotebookNode:
+    """What a notebook looks like after execution: figures, tables, a gallery, an interactive figure."""
+    drawn = _draw_outputs(*images) if images else json.loads(_toy_outputs())
+    outputs = [*map(nbformat.from_dict, drawn), new_output("stream", name="stdout", text=sentinel + "\n")]
     cells: list[Any] = [new_markdown_cell("# MLP + MNIST\n\nA toy page with $\\phi^\\top \\phi$ in it.")]
     for count, output in enumerate(outputs, 1):
         if "execution_count" in output:

@@ -101,6 +101,18 @@ def test_run_page_has_figures_formulas_and_tables(browser: Any, built_book: Path
     assert browser.execute_script(count, "mjx-merror, [data-mml-node=merror]") == 0
 
 
+def test_interactive_figures_keep_to_their_column_on_the_first_load(browser: Any, built_book: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    script = (
+        "return [...document.querySelectorAll('.grass-interactive')].map("
+        "box => box.querySelector('.main-svg').getBoundingClientRect().width - box.getBoundingClientRect().width)"
+    )
+    for page in ("book/pairs", "book/executed/mlp_mnist_embedded"):
+        _open(browser, built_book, page)
+        WebDriverWait(browser, 10).until(lambda session: all(extra <= 1 for extra in session.execute_script(script)))
+
+
 def _cells(browser: Any, column: int) -> list[str]:
     rows = "document.querySelectorAll('#dt-ledger tbody tr')"
     script = f"return [...{rows}].map(row => row.cells[arguments[0]].innerText.trim())"

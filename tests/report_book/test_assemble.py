@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from book_fixtures import toy_record, write_run
+
+from grass_lib.errors import UsageError
+from grass_lib.report.book import assemble, newest_verified
+from grass_lib.report.pages import Page, duration, pages_in_toc, provenance, stub
+
+EMBEDDED = Page("mlp_mnist", "embedded")
+
+
+def test_pages_of_the_table_of_contents(sources: Path) -> None:
+    assert pages_in_toc(sources / "_toc.yml") == [EMBEDDED, Page("mlp_mnist", "paper")]
+
+
+def test_without_any_run_every_page_is_a_stub_and_the_ledger_is_whole(sources: Path) -> None:
+    assert assemble(sources) == []
+    text = (sources / "book/executed/mlp_mnist_embedded.md").read_text()
+    assert "grass run mlp_mnist --scale embedded" in text
+    assert "grass run mlp_mnist --scale embedded" in (sources / "book/_generated/headline.md").read_text()
+    rows = json.loads((sources / "book/_generated/ledger.json").read_text())
+    assert sum(row["metric"] == "lds" for row in rows) == 111
+    assert len(list(csv.DictReader((sources / "book/_generated/ledger.csv").open()))) == len(rows) == 223
+    numbers = json.loads((sources / "book/_generated/substitutions.json").read_text())
+    assert (numbers["n_published"], numbers["n_not_run"], numbers["n_measured"]) == ("111", "111", "0")
+
+
+def test_newest_verified_run_is_taken_and_a_damaged_one_is_named(sources: Path) -> None:
+    old = toy_record("old", finished="2026-01-01T00:01:00+00:00")
+    new = toy_record("new", finished="2026-02-01T00:01:00+00:00")
+    broken = toy_record("broken", finished="2026-03-01T00:01:00+00:00")
+    for record in (old, new, broken):
+        write_run(sources / "runs" / record.run_id, record)
+    (sources / "runs/broken/record.json").write_text((sources / "runs/broken/record.json").read_text() + "\n")
+    shown, refused = newest_verified(sources, EMBEDDED)
+    assert shown is not None
+    assert shown.record.run_id == "new"
+    assert len(refused) == 1
+    assert "`broken`" in refused[0]
+
+
+def test_committed_run_is_shown_when_runs_has_none(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(sources / "book/measured/mlp_mnist-paper", toy_record("measured", scale="paper"))
+    (shown,) = assemble(sources)
+    assert shown.record.run_id == "measured"
+    assert "hollow markers are the published values" in (sources / "book/_generated/headline.md").read_text()
+    rows = json.loads((sources / "book/_generated/ledger.json").read_text())
+    assert any(row["run_id"] == "measured" and row["measured"] is not None for row in rows)
+    write_run(sources / "elsewhere/later", toy_record("later", scale="paper"))
+    monkeypatch.setenv("GRASS_RUNS", str(sources / "elsewhere"))
+    (shown,) = assemble(sources)
+    assert shown.record.run_id == "later"
+
+
+def test_embedded_run_never_fills_the_ledger(sources: Path) -> None:
+    write_run(sources / "runs/toy", toy_record("toy"))
+    assemble(sources)
+    rows = json.loads((sources / "book/_generated/ledger.json").read_text())
+    assert {row["measured"] for row in rows} == {None}
+
+
+def test_page_keeps_the_outputs_folds_the_inputs_and_says_where_numbers_come_from(sources: Path) -> None:
+    folder = write_run(sources / "runs/toy", toy_record("toy", parameters={"seed": 7}), changed=["seed"])
+    before = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    assemble(sources)
+    page = nbformat.read(sources / "book/executed/mlp_mnist_embedded.ipynb", as_version=4)
+    nbformat.validate(page)
+    assert page.cells[0].source.startswith("# MLP + MNIST, embedded scale")
+    assert "`toy`" in page.cells[1].source
+    assert "`seed = 7`" in page.cells[1].source
+    code = [cell for cell in page.cells if cell.cell_type == "code"]
+    assert all("hide-input" in cell.metadata.tags for cell in code)
+    assert [cell.outputs for cell in code] == [cell.outputs for cell in before.cells if cell.cell_type == "code"]
+    assert nbformat.read(folder / "notebook.ipynb", as_version=4) == before
+
+
+def test_pages_are_made_anew_each_time(sources: Path) -> None:
+    assemble(sources)
+    write_run(sources / "runs/toy", toy_record("toy"))
+    assemble(sources)
+    assert sorted(path.name for path in (sources / "book/executed").iterdir()) == [
+        "mlp_mnist_embedded.ipynb",
+        "mlp_mnist_paper.md",
+    ]
+
+
+def test_root_without_a_table_of_contents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no _toc\.yml"):
+        assemble(tmp_path)
+
+
+def test_texts() -> None:
+    assert [duration(seconds) for seconds in (3.21, 42.4, 125, 3720)] == ["3.2 s", "42 s", "2 min 5 s", "1 h 2 min"]
+    assert "not the paper's" in provenance(toy_record(), EMBEDDED)
+    assert "not the paper's" not in provenance(toy_record(scale="paper"), Page("mlp_mnist", "paper"))
+    assert "because" in stub(EMBEDDED, ["`run`: because"])

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from book_fixtures import CEILING, toy_images, toy_ranked, toy_record, toy_rows
+
+from grass_lib.errors import UsageError
+from grass_lib.report.figures import comparable, draw_record, lds_figure, main, save_figure, time_figure
+from grass_lib.report.galleries import MAX_THUMBNAILS, image_gallery
+from grass_lib.report.interactive import lds_figure_html, published_figure_html
+from grass_lib.report.published import published_rows
+from grass_lib.report.style import METHODS
+from grass_lib.report.tables import interval_text, lds_table, pick_rows, table_html, time_table
+
+
+def lines(figure: Any) -> dict[str, Any]:
+    axes = figure.axes[0]
+    handles, labels = axes.get_legend_handles_labels()
+    drawn = [handle[0] if hasattr(handle, "lines") else handle for handle in handles]
+    return dict(zip(labels, drawn, strict=True))
+
+
+def test_lds_figure_draws_the_rows_in_the_colours_of_the_methods() -> None:
+    drawn = lines(lds_figure(toy_rows(), noise_ceiling=CEILING))
+    wanted = [row["lds"]["mean"] for row in toy_rows() if row["projection"].startswith("sjlt")]
+    assert list(drawn["SJLT"].get_ydata()) == wanted
+    assert drawn["SJLT"].get_color() == METHODS["sjlt"].colour
+    assert drawn["SJLT"].get_marker() == METHODS["sjlt"].marker
+    assert set(drawn["noise ceiling"].get_ydata()) == {CEILING["mean"]}
+
+
+def test_published_fjlt_is_drawn_as_the_rademacher_projection_that_it_was() -> None:
+    published = [row for row in published_rows("mlp_mnist") if row["projection"].startswith("fjlt")]
+    drawn = lines(lds_figure(toy_rows((2048, 4096, 8192)), published=published))
+    line = drawn["dense Rademacher, published"]
+    assert list(line.get_ydata()) == [row["lds"] for row in published]
+    assert line.get_markerfacecolor() == "none"
+    assert "FJLT, published" not in drawn
+    assert [row["projection"] for row in published] == ["fjlt-2048", "fjlt-4096", "fjlt-8192"]
+    assert [row["projection"] for row in comparable(published)] == [f"rademacher-{k}" for k in (2048, 4096, 8192)]
+
+
+def test_time_figure_draws_seconds() -> None:
+    drawn = lines(time_figure(toy_rows()))
+    assert list(drawn["FJLT"].get_ydata()) == [
+        row["projection_seconds"] for row in toy_rows() if row["projection"].startswith("fjlt")
+    ]
+
+
+def test_a_run_with_two_conventions_and_baselines_is_drawn_once() -> None:
+    rows = toy_rows()
+    paper = [{**row, "damping_convention": "paper"} for row in rows]
+    baseline = [{**rows[0], "attributor": "tracin", "damping_convention": None}]
+    assert pick_rows([*rows, *paper, *baseline]) == rows
+    assert pick_rows([*rows, *paper], convention="paper") == paper
+    assert pick_rows([*rows, *baseline], attributor="tracin") == baseline
+
+
+def test_saved_figures_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    first = save_figure(lds_figure(toy_rows()), "lds", tmp_path / "a")
+    second = save_figure(lds_figure(toy_rows()), "lds", tmp_path / "b")
+    assert [path.suffix for path in first] == [".png", ".svg", ".pdf"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_paper_scale_record_is_drawn_with_published_values(tmp_path: Path) -> None:
+    files = draw_record(toy_record(scale="paper"), tmp_path)
+    assert {path.name for path in files} == {
+        f"mlp_mnist_{kind}.{suffix}" for kind in ("lds", "projection_time") for suffix in ("png", "svg", "pdf")
+    }
+    assert draw_record(toy_record(), tmp_path)[0].name == "mlp_mnist_embedded_lds.png"
+
+
+def test_command_line_without_a_record_says_what_to_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["--measured", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert "grass run mlp_mnist --scale paper" in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_lds_table_has_values_and_intervals() -> None:
+    table = lds_table(toy_rows())
+    assert "Attributor" not in table
+    assert len(table) == len(toy_rows())
+    row = table[table["Compression"] == "sjlt-512"].iloc[0]
+    assert (row["Method"], row["k"], row["LDS"]) == ("SJLT", 512, 0.25)
+    assert row["95 % interval"] == "0.220 to 0.285"
+    both = lds_table([*toy_rows(), {**toy_rows()[0], "attributor": "tracin", "damping": None}])
+    assert set(both["Attributor"]) == {"TRAK", "TracIn"}
+    assert list(both[both["Attributor"] == "TracIn"]["Damping"]) == [""]
+
+
+def test_time_table_compares_at_the_same_k_and_shows_a_compression_once() -> None:
+    rows = toy_rows()
+    table = time_table([*rows, *({**row, "damping_convention": "paper"} for row in rows)])
+    assert len(table) == len(rows)
+    seconds = {row["projection"]: row["projection_seconds"] for row in rows}
+    for _, row in table.iterrows():
+        assert row["Times SJLT"] == pytest.approx(seconds[row["Compression"]] / seconds[f"sjlt-{row['k']}"])
+    alone = time_table([row for row in rows if not row["projection"].startswith("sjlt")])
+    assert alone["Times SJLT"].isna().all()
+    assert "0.0100" not in table_html(alone, "dt-alone")
+
+
+@pytest.mark.parametrize("interval", [None, (None, None), (float("nan"), 1.0)])
+def test_an_interval_that_is_not_there_is_empty(interval: Any) -> None:
+    assert interval_text(interval) == ""
+
+
+def test_html_fragments_load_nothing_and_are_small_unless_embedded() -> None:
+    table = table_html(lds_table(toy_rows()), "dt-a")
+    figure = lds_figure_html(toy_rows(), noise_ceiling=CEILING)
+    published = published_figure_html(published_rows())
+    for text in (table, figure, published):
+        assert "<script src" not in text
+        assert "import {" not in text
+        assert len(text) < 120_000
+    assert len(table_html(lds_table(toy_rows()), "dt-a", embed=True)) > 500_000
+    assert len(lds_figure_html(toy_rows(), embed=True)) > 3_000_000
+
+
+def test_ids_must_not_meet_those_of_sections() -> None:
+    with pytest.raises(UsageError, match=r"dt-.*'results'"):
+        table_html(lds_table(toy_rows()), "results")
+    with pytest.raises(UsageError, match=r"plotly-.*'results'"):
+        lds_figure_html(toy_rows(), div_id="results")
+
+
+def test_gallery_shows_the_ranked_images_with_signed_scores() -> None:
+    ranked = toy_ranked()
+    train = toy_images(40, 1)
+    figure = image_gallery(toy_images(6), train, ranked, queries=[2], train_labels=np.arange(40) % 10, per_side=3)
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == 7
+    first = ranked.indices[2, 0, 0]
+    assert np.array_equal(np.asarray(shown[1].images[0].get_array()), train[first])
+    assert shown[1].get_title() == str(first % 10)
+    assert shown[1].get_xlabel() == f"{ranked.scores[2, 0, 0]:+.2g}"
+    assert shown[1].get_xlabel().startswith("+")
+    assert shown[4].get_xlabel().startswith("-")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"queries": []}, "make 0"),
+        ({"queries": list(range(6)), "per_side": 5}, f"make 66, expected 1 to {MAX_THUMBNAILS}"),
+        ({"queries": [6]}, r"\[6\] do not exist"),
+        ({"queries": [0], "per_side": 6}, "per_side = 6"),
+    ],
+)
+def test_gallery_refuses_what_it_cannot_show(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        image_gallery(toy_images(6), toy_images(40), toy_ranked(), **options)
+
+
+def test_gallery_refuses_scores_of_the_wrong_shape() -> None:
+    flat = SimpleNamespace(indices=np.zeros((6, 4), int), scores=np.zeros((6, 4)))
+    with pytest.raises(UsageError, match=r"shape \(6, 4\)"):
+        image_gallery(toy_images(6), toy_images(40), flat, queries=[0])
