@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -274,6 +275,22 @@ class CompressionSpec:
         return str(self).replace("->", "__").replace("*", "x")
 
 
+def parse_specs(text: str | Iterable[str | CompressionSpec]) -> list[CompressionSpec]:
+    """Parses several compressions.
+
+    Args:
+        text: Specs with commas between them, or a list of specs; empty for none.
+
+    Returns:
+        The specs in their order.
+
+    Raises:
+        SpecError: One of them cannot be parsed, or an entry is empty.
+    """
+    entries = text.split(",") if isinstance(text, str) and text.strip() else [] if isinstance(text, str) else list(text)
+    return [CompressionSpec.parse(entry) for entry in entries]
+
+
 def parse_hessian(text: str) -> str:
     """Checks the name of a curvature.
 
@@ -316,7 +333,7 @@ def _what_is_wrong(text: str) -> str:
 
 def _nearest(text: str) -> str:
     """The valid stage that looks most like ``text``."""
-    name, _, rest = text.strip().lower().partition("-")
+    name, _, rest = text.split("->")[-1].strip().lower().partition("-")
     rest = re.sub(r"(?<=[0-9])[_, ](?=[0-9])", "", rest)
     letters = re.match(r"[a-z_ ]*", name)
     stem = (letters.group() if letters else "").strip("_ ").replace(" ", "_")
