@@ -47,6 +47,7 @@ class FeatureAttributor:
 
     Attributes:
         specs: The compression specs; their strings are the keys of results.
+        backends: Whose code projects, by spec.
         timings: Seconds. ``gradients`` and ``projection`` (by spec, building the operator included) are those of
             :meth:`cache`; ``query_gradients``, ``query_projection`` and ``scores`` (by spec) those of the last
             ``attribute``.
@@ -120,7 +121,8 @@ class FeatureAttributor:
         self.device = self._gradients.device
         self.cache_device = self.device if cache_device is None else torch.device(cache_device)
         self._checkpoints = _check_checkpoints(model, checkpoints)
-        self._build_projectors(0)  # a spec that does not fit the model fails here, not after minutes of training data
+        # A spec that does not fit the model fails here, not after minutes of training data.
+        self.backends = {name: projector.backend for name, projector in self._build_projectors(0).items()}
         self._train: list[dict[str, Tensor]] = []
         self._train_values: list[Tensor] = []
 

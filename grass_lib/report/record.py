@@ -23,6 +23,8 @@ __all__ = ["SENTINEL", "Run", "RunRecord", "Sentinel", "load_record", "parse_rec
 logger = logging.getLogger(__name__)
 
 SENTINEL = "grass-run-complete"
+#: Folder beside the runs for what several of them use; no run can have this name.
+SHARED = "shared"
 
 
 class Sentinel(str):
@@ -93,7 +95,7 @@ class Run:
         if not run_id:
             stem = f"{experiment}-{scale}-manual-{datetime.now(UTC):%Y%m%dT%H%M%S}"
             run_id = next(name for name in _numbered(stem) if not (root / name).exists())
-        elif not is_run_id(run_id):
+        elif not is_run_id(run_id) or run_id == SHARED:
             raise UsageError(
                 f"run_id is {run_id!r}, expected up to 128 letters, digits, '.', '_' or '-' (no path); "
                 "leave it empty for a new name"
@@ -138,7 +140,7 @@ class Run:
         """
         if not is_run_id(name):
             raise UsageError(f"{name!r} is not a plain name, expected letters, digits, '.', '_' or '-'; take out '/'")
-        folder = runs_root() / "shared" / f"{self._experiment}-{self._scale}-{name}"
+        folder = runs_root() / SHARED / f"{self._experiment}-{self._scale}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -1,0 +1,43 @@
+"""The experiments of the paper, in its order. A new one is one module, one notebook and one entry here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from grass_lib.experiments.base import Experiment
+
+_SHARED = ("grass_lib.specs", "grass_lib.rng", "grass_lib.projection", "grass_lib.gradients", "grass_lib.attribution")
+
+
+def _mlp_mnist_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.mlp_mnist").data_fingerprint(scale)
+
+
+def _mlp_mnist_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.mlp_mnist").check(scale)
+
+
+# The modules of an experiment are imported only when it is asked for something, so that the command line starts
+# quickly.
+EXPERIMENTS: dict[str, Experiment] = {
+    "mlp_mnist": Experiment(
+        name="mlp_mnist",
+        title="MLP + MNIST",
+        notebook="mlp_mnist.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.evaluation",
+            "grass_lib.experiments.mlp_mnist",
+            "grass_lib.experiments.mlp_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.models.mlp",
+            "grass_lib.experiments.data.mnist",
+            "grass_lib.experiments.data.sources",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_mlp_mnist_fingerprint,
+        check=_mlp_mnist_check,
+    ),
+}
+
+__all__ = ["EXPERIMENTS", "Experiment"]

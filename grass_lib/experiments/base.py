@@ -1,0 +1,59 @@
+"""What every experiment declares, and what experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from grass_lib.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One model and data set pair, as the runner, the doctor and the book know it.
+
+    Attributes:
+        name: Key, for example ``mlp_mnist``.
+        title: For people.
+        notebook: File name of the template in ``notebooks/``.
+        modules: Dotted names of the modules and packages that decide the results: a finished run is only taken as
+            current while their source is unchanged.
+        scales: The scales that it has.
+        data_fingerprint: ``data_fingerprint(scale)``: a hash of the data, DataError where they are missing.
+        check: ``check(scale)``: why it would not work here, one sentence each; empty where it would.
+
+    Raises:
+        UsageError: A field is empty.
+    """
+
+    name: str
+    title: str
+    notebook: str
+    modules: tuple[str, ...]
+    scales: tuple[str, ...]
+    data_fingerprint: Callable[[str], str]
+    check: Callable[[str], list[str]]
+
+    def __post_init__(self) -> None:
+        for field in ("name", "title", "notebook", "modules", "scales"):
+            if not getattr(self, field):
+                raise UsageError(f"experiment {self.name!r}: {field} is empty; expected a value")
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` where a GPU is available, else ``cpu``; anything else stays, checked.
+
+    Raises:
+        UsageError: The name is not a device that is usable here.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device is {device!r}; expected auto, cpu or cuda (cuda:1 for the second GPU)") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {device!r}, but no GPU is usable here; expected auto or cpu")
+    return device

@@ -1,0 +1,1 @@
+"""Model architectures that experiments share."""
