@@ -93,7 +93,7 @@ def test_runs_by_hand_get_names_of_their_own(project):
 
 
 @pytest.mark.parametrize(
-    "run_id", ["../x", "a/b", "/abs", "..", ".", "a b", "a\\b", "x" * 129, "-x", "a..b", "é", "a\n"]
+    "run_id", ["../x", "a/b", "/abs", "..", ".", "a b", "a\\b", "x" * 129, "-x", "a..b", "é", "a\n", "shared"]
 )
 def test_run_id_is_never_a_path(project, run_id):
     with pytest.raises(UsageError, match="expected up to 128 letters"):
@@ -112,6 +112,15 @@ def test_store_cannot_be_left_through_a_link(project, tmp_path):
     (run.store / "link").symlink_to(tmp_path)
     with pytest.raises(UsageError, match="leaves the run's folder"):
         run.path("link", "x")
+
+
+def test_shared_folder_is_one_for_all_runs_of_a_scale(project):
+    folder = begin().shared("networks")
+    assert folder == begin(run_id="toy-2").shared("networks") == project.runs / "shared" / "toy-embedded-networks"
+    assert folder.is_dir()
+    assert begin(scale="paper").shared("networks") != folder
+    with pytest.raises(UsageError, match="not a plain name"):
+        begin().shared("../networks")
 
 
 def test_wrong_use_is_explained(project):
