@@ -56,8 +56,8 @@ def write_whole(path: Path, content: bytes) -> str:
         cause = "the disk (or its quota) is full" if full else f"{error.strerror or error}"
         raise BankError(
             f"bank file {path.name} ({len(content):,} bytes) could not be written: {cause}; "
-            f"{'free some space' if full else 'make the folder writable'} and run the same command again, finished groups "
-            "are kept"
+            f"{'free some space' if full else 'make the folder writable'} and run the same command again, finished "
+            "groups are kept"
         ) from error
     return hashlib.sha256(content).hexdigest()
 
@@ -77,8 +77,8 @@ def read_checked(path: Path, expected: str, group: str) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise BankError(
-            f"bank file {path} is damaged: its SHA-256 is {found}, expected {expected}; delete this file and run again, "
-            f"then only {group} is trained again"
+            f"bank file {path} is damaged: its SHA-256 is {found}, expected {expected}; delete this file and run "
+            f"again, then only {group} is trained again"
         )
     return content
 
@@ -122,7 +122,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BankError(
-            f"bank file {path} could not be read: {error.strerror or error}; make it readable, or delete it to train it again"
+            f"bank file {path} could not be read: {error.strerror or error}; make it readable, or delete it to train "
+            "it again"
         ) from error
 
 

@@ -42,8 +42,8 @@ def correlation_interval(
 ) -> tuple[float, float]:
     """Interval of the mean, over queries, of a function of Spearman's correlation.
 
-    Both sources of chance are resampled in every replicate: the models (rows) and the queries (columns). Columns that are
-    constant within a replicate have no correlation and are left out of its mean.
+    Both sources of chance are resampled in every replicate: the models (rows) and the queries (columns). Columns that
+    are constant within a replicate have no correlation and are left out of its mean.
 
     Args:
         first: ``(n_models, n_query)``.

@@ -48,8 +48,8 @@ def split_queries(n_query: int, seed: int, fraction: float = 0.1) -> tuple[Tenso
     """
     if n_query < 2 or not 0.0 < fraction < 1.0:
         raise UsageError(
-            f"cannot hold out a fraction {fraction} of {n_query} queries; expected a fraction between 0 and 1 and at least "
-            "2 queries"
+            f"cannot hold out a fraction {fraction} of {n_query} queries; expected a fraction between 0 and 1 and at "
+            "least 2 queries"
         )
     count = max(1, int(fraction * n_query))
     order = Stream(seed, "queries", "split").permutation(n_query)
@@ -82,8 +82,8 @@ def choose_damping(
     found = [mean_correlation(grid, bank, columns) if _finite(grid, columns) else math.nan for grid in scores]
     if all(math.isnan(value) for value in found):
         raise UsageError(
-            f"LDS is not defined for any of the damping values {list(dampings)} on {len(columns)} validation queries: the "
-            "scores are not finite or do not vary; expected scores that differ between samples"
+            f"LDS is not defined for any of the damping values {list(dampings)} on {len(columns)} validation queries: "
+            "the scores are not finite or do not vary; expected scores that differ between samples"
         )
     index = max((i for i, value in enumerate(found) if not math.isnan(value)), key=lambda i: found[i])
     value = float(dampings[index])
@@ -93,4 +93,4 @@ def choose_damping(
 
 def _finite(scores: Tensor, columns: Tensor) -> bool:
     """Whether scores can be ranked; a value of the grid that overflowed is passed over, not fatal."""
-    return columns.numel() == 0 or bool(torch.isfinite(scores[:, columns.to(scores.device)]).all())
+    return scores.shape[1] <= int(columns.max()) or bool(torch.isfinite(scores[:, columns.to(scores.device)]).all())

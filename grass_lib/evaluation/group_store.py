@@ -82,7 +82,8 @@ class GroupStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BankError(
-                f"bank folder {self.folder} could not be made: {error.strerror or error}; name a folder that can be written"
+                f"bank folder {self.folder} could not be made: {error.strerror or error}; name a folder that can be "
+                "written"
             ) from error
         path = self.folder / "manifest.json"
         if path.exists():
@@ -111,8 +112,8 @@ class GroupStore:
         path = folder / "manifest.json"
         if not path.is_file():
             raise BankError(
-                f"{folder} has no manifest.json; expected the folder of a retraining bank. Train it again with train_bank: "
-                "groups that are still there are kept"
+                f"{folder} has no manifest.json; expected the folder of a retraining bank. Train it again with "
+                "train_bank: groups that are still there are kept"
             )
         remedy = "delete it and run the training again, groups that are still there are kept"
         manifest = read_json(path, remedy)
@@ -138,8 +139,8 @@ class GroupStore:
         outputs, subsets = tensors.get("outputs"), tensors.get("subsets")
         if outputs is None or subsets is None or not torch.equal(subsets, self._subsets(number)):
             raise BankError(
-                f"bank file {path} does not hold the outputs and subsets of group {number}; expected those of the plan. "
-                "Delete it and run again, then only this group is trained again"
+                f"bank file {path} does not hold the outputs and subsets of group {number}; expected those of the "
+                "plan. Delete it and run again, then only this group is trained again"
             )
         metrics = {name.removeprefix(_METRIC): value for name, value in tensors.items() if name.startswith(_METRIC)}
         return TrainedGroup(outputs, metrics=metrics)
@@ -237,6 +238,6 @@ class GroupStore:
             differences.append(f"stream version is {manifest.get('stream_version')}, expected {STREAM_VERSION}")
         raise BankError(
             f"{self.folder} holds another bank: its fingerprint is {manifest.get('fingerprint')}, expected "
-            f"{self.fingerprint} ({'; '.join(differences) or 'the manifest was changed'}); use another folder, or delete this "
-            "one to train again"
+            f"{self.fingerprint} ({'; '.join(differences) or 'the manifest was changed'}); use another folder, or "
+            "delete this one to train again"
         )

@@ -1,7 +1,8 @@
 """The linear datamodeling score (Park et al. 2023; section 4 of the GraSS paper reports it) with its interval.
 
 For each query, the scores of the samples in a subset are added up, and these sums are compared, by Spearman's rank
-correlation over the subsets, with what models retrained on the subsets give for the query. LDS is the mean over queries.
+correlation over the subsets, with what models retrained on the subsets give for the query. LDS is the mean over
+queries.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def lds(
     """Linear datamodeling score of a score matrix against a bank of retrained models.
 
     Args:
-        scores: ``(n_train, n_query)``, any float dtype and device; positive means that training on the sample raises the
-            query's output.
+        scores: ``(n_train, n_query)``, any float dtype and device; positive means that training on the sample raises
+            the query's output.
         bank: Models retrained on random subsets of the same training set, with outputs for the same queries. Only the
             first seed counts here; second seeds give the noise ceiling.
         queries: Indices (or a slice, or a bool mask) of the queries to report; None for all.
@@ -78,9 +79,12 @@ def lds(
         The score with its interval.
 
     Raises:
-        UsageError: The scores are not finite, do not fit the bank, do not vary for any query, or an option is out of range.
+        UsageError: The scores are not finite, do not fit the bank or do not vary for any query, the bank has fewer than
+            three models, or an option is out of range.
     """
     check_options(confidence, n_bootstrap)
+    if bank.n_models < 3:
+        raise UsageError(f"the bank has {bank.n_models} models; expected 3 or more, since LDS correlates over models")
     columns = query_columns(queries, bank.n_query)
     predicted = subset_sums(scores, bank.subsets, columns)
     actual = bank.outputs[:, 0].to(torch.float64)[:, columns]
@@ -88,8 +92,8 @@ def lds(
     undefined = int(per_query.isnan().sum())
     if undefined == len(columns):
         raise UsageError(
-            f"LDS is not defined for any of {undefined} queries: the summed scores, or the bank's outputs, are the same for "
-            "all subsets; expected values that vary. Check that the attributor was cached on this training set"
+            f"LDS is not defined for any of {undefined} queries: the summed scores, or the bank's outputs, are the "
+            "same for all subsets; expected values that vary. Check that the attributor was cached on this training set"
         )
     interval = correlation_interval(
         predicted, actual, lambda rho: rho, confidence=confidence, n_bootstrap=n_bootstrap, seed=seed
@@ -120,11 +124,11 @@ def subset_sums(scores: Tensor, subsets: Tensor, columns: Tensor) -> Tensor:
     Raises:
         UsageError: The scores are not finite or have another shape.
     """
-    n_models, n_train = subsets.shape
+    n_train = subsets.shape[1]
     if scores.dim() != 2 or scores.shape[0] != n_train or scores.shape[1] <= int(columns.max()):
         raise UsageError(
-            f"scores have shape {tuple(scores.shape)}; expected (n_train, n_query) with n_train = {n_train} as in the bank "
-            f"and at least {int(columns.max()) + 1} queries"
+            f"scores have shape {tuple(scores.shape)}; expected (n_train, n_query) with n_train = {n_train} as in the "
+            f"bank and at least {int(columns.max()) + 1} queries"
         )
     chosen = scores[:, columns.to(scores.device)].to(torch.float64)
     if not bool(chosen.isfinite().all()):
@@ -132,8 +136,8 @@ def subset_sums(scores: Tensor, subsets: Tensor, columns: Tensor) -> Tensor:
             f"scores hold {int((~chosen.isfinite()).sum())} values that are not finite; expected finite numbers. "
             "A larger damping usually helps"
         )
-    # The first row is taken off, so that scores that are equal for all samples give exactly equal sums, not rounding noise.
-    # In subsets of one size that shifts every sum by the same number.
+    # The first row is taken off, so that scores that are equal for all samples give exactly equal sums, not rounding
+    # noise. In subsets of one size that shifts every sum by the same number.
     first = chosen[0].clone()
     sums = subsets.to(chosen.device, torch.float64) @ chosen.sub_(first)
     sizes = subsets.sum(dim=1)

@@ -56,8 +56,8 @@ class BankPlan:
         seed: Of subsets and models.
         group_size: Models trained together: the unit of resume and of bit-identity.
         second_seed_share: Share of the subsets that get a second model with another seed, for the noise ceiling.
-        role: ``"lds"`` for models that scores are measured on, ``"trak"`` for those that attribution uses. The two never
-            share a random stream, so that their subsets are independent.
+        role: ``"lds"`` for models that scores are measured on, ``"trak"`` for those that attribution uses. The two
+            never share a random stream, so that their subsets are independent.
 
     Raises:
         UsageError: A field is out of range.
@@ -80,8 +80,8 @@ class BankPlan:
             raise UsageError(f"bank plan: role is {self.role!r}; expected one of {', '.join(ROLES)}")
         if not 0.0 < self.fraction < 1.0 or not 0 < self.subset_size < self.n_train:
             raise UsageError(
-                f"bank plan: fraction {self.fraction} of {self.n_train} samples is {self.fraction * self.n_train:g}; expected "
-                "a fraction between 0 and 1 that keeps some samples and leaves some out, for example 0.5"
+                f"bank plan: fraction {self.fraction} of {self.n_train} samples is {self.fraction * self.n_train:g}; "
+                "expected a fraction between 0 and 1 that keeps some samples and leaves some out, for example 0.5"
             )
         if not 0.0 <= self.second_seed_share <= 1.0:
             raise UsageError(f"bank plan: second_seed_share is {self.second_seed_share}; expected 0 to 1")

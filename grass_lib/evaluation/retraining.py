@@ -1,7 +1,7 @@
 """Retraining banks: models trained on random halves of the training set, the ground truth that LDS measures against.
 
-A bank is planned once, trained in fixed groups and kept on disk as it grows; a run that is killed goes on with the first
-missing group and ends with the same bank, bit for bit on one type of device.
+A bank is planned once, trained in fixed groups and kept on disk as it grows; a run that is killed goes on with the
+first missing group and ends with the same bank, bit for bit on one type of device.
 """
 
 from __future__ import annotations
@@ -65,10 +65,8 @@ class RetrainingBank:
                 f"bank: subsets are {self.subsets.dtype} {tuple(self.subsets.shape)}, outputs {self.outputs.dtype} "
                 f"{tuple(self.outputs.shape)}; expected bool (n_models, n_train) and float (n_models, n_seeds, n_query)"
             )
-        if self.n_models < 2 or not self.outputs.shape[1] or not self.n_query:
-            raise UsageError(
-                f"bank: outputs have shape {tuple(self.outputs.shape)}; expected 2 models and 1 query or more"
-            )
+        if not self.n_models or not self.outputs.shape[1] or not self.n_query:
+            raise UsageError(f"bank: outputs have shape {tuple(self.outputs.shape)}; expected 1 or more of each")
         if not bool(self.outputs[:, 0].isfinite().all()):
             raise UsageError(
                 "bank: some outputs of the first seed are not finite; expected finite numbers for every model"
@@ -117,18 +115,18 @@ def train_bank(
         plan: Subsets, seeds and groups.
         trainer: Trains one group.
         directory: Where the bank is kept; made when it is not there.
-        fingerprint: Of everything that decides what the trainer does: recipe, model, data. A bank of another fingerprint is
-            refused.
-        keep_weights: Keeps the models' weights too (see `load_weights`). Weights that are missing from a finished group are
-            trained again from the same streams, and the outputs must then agree with those stored.
+        fingerprint: Of everything that decides what the trainer does: recipe, model, data. A bank of another
+            fingerprint is refused.
+        keep_weights: Keeps the models' weights too (see `load_weights`). Weights that are missing from a finished group
+            are trained again from the same streams, and the outputs must then agree with those stored.
         progress: Shows a bar when the training lasts more than 3 s.
 
     Returns:
         The finished bank.
 
     Raises:
-        BankError: The folder holds another bank, a file is damaged or cannot be written, training diverged, or a model that
-            was trained again is not the one whose outputs are stored.
+        BankError: The folder holds another bank, a file is damaged or cannot be written, training diverged, or a model
+            that was trained again is not the one whose outputs are stored.
     """
     store = GroupStore(Path(directory), plan, fingerprint)
     store.open()
@@ -179,8 +177,8 @@ def load_weights(directory: str | Path) -> list[dict[str, Tensor]]:
         found = store.read_weights(number)
         if found is None:
             raise BankError(
-                f"{directory} has no complete weights of group {number}; train the bank with keep_weights=True, only the "
-                "missing models are trained again"
+                f"{directory} has no complete weights of group {number}; train the bank with keep_weights=True, only "
+                "the missing models are trained again"
             )
         states.update({member.index: state for member, state in zip(members, found, strict=True) if not member.repeat})
     return [states[index] for index in range(store.plan.n_models)]
@@ -197,8 +195,8 @@ def _assemble(store: GroupStore) -> RetrainingBank:
         group = store.read(number)
         if group is None:
             raise BankError(
-                f"{store.folder} lacks group {number} of {len(groups)}; expected a finished bank. Run the training again: "
-                "only missing groups are trained"
+                f"{store.folder} lacks group {number} of {len(groups)}; expected a finished bank. Run the training "
+                "again: only missing groups are trained"
             )
         if outputs is None:
             outputs = torch.full((*shape, group.outputs.shape[1]), torch.nan, dtype=group.outputs.dtype)
@@ -218,13 +216,14 @@ def _check_trained(trained: TrainedGroup, members: Sequence[Member], keep_weight
     outputs = trained.outputs
     if outputs.dim() != 2 or len(outputs) != len(members):
         raise BankError(
-            f"the trainer returned outputs {tuple(outputs.shape)} for {len(members)} models; expected (n_models, n_query)"
+            f"the trainer returned outputs {tuple(outputs.shape)} for {len(members)} models; expected (n_models, "
+            "n_query)"
         )
     broken = [member.name for member, row in zip(members, outputs, strict=True) if not bool(row.isfinite().all())]
     if broken:
         raise BankError(
-            f"training of {', '.join(broken)} gave outputs that are not finite; expected finite numbers. Nothing of this "
-            "group was stored; a smaller learning rate usually helps"
+            f"training of {', '.join(broken)} gave outputs that are not finite; expected finite numbers. Nothing of "
+            "this group was stored; a smaller learning rate usually helps"
         )
     if keep_weights and (trained.state_dicts is None or len(trained.state_dicts) != len(members)):
         raise BankError(
@@ -245,6 +244,7 @@ def _check_same(stored: TrainedGroup, trained: TrainedGroup, members: Sequence[M
     else:
         detail = f"outputs have shape {tuple(second.shape)}, stored {tuple(first.shape)}"
     raise BankError(
-        f"models that were trained again for their weights are not those whose outputs are stored: {detail}, expected at "
-        f"most {_SAME_MODEL}. The training code or its libraries have changed; delete the bank's folder to train it again"
+        f"models that were trained again for their weights are not those whose outputs are stored: {detail}, expected "
+        f"at most {_SAME_MODEL}. The training code or its libraries have changed; delete the bank's folder to train it "
+        "again"
     )

@@ -113,7 +113,7 @@ def protocol(scale: str, *, n_lds: int = 0, n_trak: int = 0, target: Target = "l
             dense_ks=(256,),
             families=("random_mask", "sjlt", "fjlt", "grass"),
             dense_families=("normal", "rademacher"),
-            recipe=Recipe(lr=0.05, epochs=10),
+            recipe=Recipe(lr=0.05, epochs=15),
             target=target,
         )
     else:

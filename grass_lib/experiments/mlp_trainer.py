@@ -17,7 +17,7 @@ from grass_lib.evaluation.plan import Member
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.mnist import Digits
 from grass_lib.experiments.models.mlp import HIDDEN, initial_weights, stacked_logits
-from grass_lib.experiments.training import ModelStreams, Recipe, train_stacked
+from grass_lib.experiments.training import ModelStreams, Recipe, one_cpu_thread, train_stacked
 
 Target: TypeAlias = Literal["loss", "margin"]
 # Raised when the same recipe, data and streams would give other models.
@@ -52,6 +52,10 @@ class GroupTrainer:
         Returns:
             Outputs ``(g, n_query)``, weights, and the share of queries that each model gets right as ``accuracy``.
         """
+        with one_cpu_thread():
+            return self._train(subsets, members)
+
+    def _train(self, subsets: Tensor, members: Sequence[Member]) -> TrainedGroup:
         states = [initial_weights(member.stream("init")) for member in members]
         stacked = {name: torch.stack([state[name] for state in states]).to(self._device) for name in states[0]}
         weights = train_stacked(
