@@ -14,8 +14,8 @@ from torch import Tensor
 
 from grass_lib.errors import GrassError, UsageError
 
-SolveMethod: TypeAlias = Literal["cholesky", "eigh"]
-METHODS: tuple[SolveMethod, ...] = ("cholesky", "eigh")
+SolveMethod: TypeAlias = Literal["auto", "cholesky", "eigh"]
+METHODS: tuple[SolveMethod, ...] = ("auto", "cholesky", "eigh")
 
 _BLOCK_BYTES = 256 * 2**20
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def damped_scores(
     damping: Sequence[float],
     *,
     relative: bool = True,
-    method: SolveMethod = "cholesky",
+    method: SolveMethod = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
     """Scores ``phi_i^T (Phi^T Phi + lambda I)^-1 phi_q`` for every training sample, query and damping value.
@@ -52,19 +52,21 @@ def damped_scores(
     random_mask-1024 on an MLP trained on 2,000 MNIST digits, float32 arithmetic is off by 40 % of the largest score at
     a relative damping of 1e-7, 0.3 % at 1e-5 and 3e-6 at 1e-2, because the Gram matrix of a mask is singular; float64
     is off by less than 1e-9 on the whole grid (Cholesky against eigenvectors). With sjlt-1024, whose Gram matrix has
-    full rank, float32 is off by 1e-5. benchmarks/damping_grid.py measures the same on synthetic digits.
+    full rank, float32 is off by 1e-5. On the synthetic digits of benchmarks/damping_grid.py, at the paper's sizes, its
+    factorisation fails at 1e-7 for random_mask-2048 and -4096.
 
-    Cholesky is the default because it was the faster one for ten values as well as for one: with n = 5,000 and 500
-    queries on an H200, 27, 59 and 81 ms for ten values at k = 2,048, 4,096 and 8,192 (one value: 4, 9 and 15 ms),
-    where the eigendecomposition takes 28, 114 and 194 ms for one. On a CPU at k up to 1,024 the two are within a tenth
-    of each other for ten values and Cholesky is up to three times faster for one.
+    ``"auto"`` goes by the device alone, so that a value gives the same numbers by itself and in a grid. On a GPU it is
+    Cholesky: with n = 5,000 and 500 queries on an H200, ten values take 27, 58 and 81 ms at k = 2,048, 4,096 and 8,192
+    (one value 4, 9 and 15 ms), the eigendecomposition 31, 119 and 198 ms. On a CPU it is the eigendecomposition: with
+    n = 2,000 and 100 queries on one thread, ten values take 48, 152 and 554 ms at k = 256, 512 and 1,024, Cholesky 49,
+    158 and 598 ms (it is two to three times faster for one value: 11, 42 and 141 ms against 17, 88 and 382 ms).
 
     Args:
         train: Features of the training samples ``(n_train, k)``.
         query: Features of the queries ``(n_query, k)``, on the same device.
         damping: Values above 0.
         relative: True multiplies the damping with the mean eigenvalue ``tr(Phi^T Phi) / k``; False takes it as it is.
-        method: ``"cholesky"`` factorises once per damping value, ``"eigh"`` once for all.
+        method: ``"cholesky"`` factorises once per damping value, ``"eigh"`` once for all; ``"auto"`` as above.
         out: Is added to, ``(n_damping, n_train, n_query)``; None starts from zeros in float32.
 
     Returns:
@@ -76,6 +78,10 @@ def damped_scores(
             for the matrix to be solved in float64.
     """
     values, _ = damping_grid(damping)
+    if method not in METHODS:
+        raise UsageError(f"method is {method!r}; expected one of {', '.join(METHODS)}.")
+    if method == "auto":
+        method = "cholesky" if train.device.type == "cuda" else "eigh"
     _check_features(train, query)
     n, k = train.shape
     if out is None:
@@ -103,12 +109,13 @@ def damped_scores(
             continue
         for rows in [slice(0, n)] if whole is not None else _blocks(n, k):
             block = whole if whole is not None else train[rows].double()
-            out[index, rows].add_(block @ solution)
+            # The transposed product, because CPU libraries are about twice as fast with the short side first.
+            out[index, rows].add_((solution.mT @ block.mT).mT)
     return out
 
 
 def shifted_solves(
-    matrix: Tensor, right: Tensor, shifts: Sequence[float], *, method: SolveMethod = "cholesky"
+    matrix: Tensor, right: Tensor, shifts: Sequence[float], *, method: Literal["cholesky", "eigh"] = "cholesky"
 ) -> Iterator[Tensor]:
     """Solves ``(matrix + shift I) X = right`` for each shift in turn.
 
@@ -125,11 +132,8 @@ def shifted_solves(
         ``X (d, m)``, one per shift.
 
     Raises:
-        UsageError: If the method is unknown.
         GrassError: If a shift is lost in the rounding of the largest eigenvalue.
     """
-    if method not in METHODS:
-        raise UsageError(f"method is {method!r}; expected one of {', '.join(METHODS)}.")
     spectrum: tuple[Tensor, Tensor, Tensor] | None = None
     for shift in shifts:
         if method == "cholesky" and spectrum is None:

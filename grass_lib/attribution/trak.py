@@ -42,7 +42,7 @@ class TRAK(FeatureAttributor):
         output: Output = margin,
         weight: Weight = margin_weight,
         convention: Convention = "relative",
-        method: SolveMethod = "cholesky",
+        method: SolveMethod = "auto",
         seed: int = 0,
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
