@@ -61,12 +61,10 @@ def _method_columns(row: Row) -> dict[str, Any]:
     }
 
 
-def _order(row: Row) -> tuple[str, int, int]:
-    return (
-        row["attributor"],
-        list(METHODS).index(method_of(row["sparsification"], row["projection"])),
-        row.get("k") or 0,
-    )
+def _order(row: Row) -> tuple[int, int, int]:
+    attributors, methods = list(ATTRIBUTOR_TITLES), list(METHODS)
+    place = attributors.index(row["attributor"]) if row["attributor"] in attributors else len(attributors)
+    return place, methods.index(method_of(row["sparsification"], row["projection"])), row.get("k") or 0
 
 
 def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
@@ -169,7 +167,7 @@ def table_html(
     table_id: str,
     *,
     caption: str | None = None,
-    page_length: int = 15,
+    page_length: int = 25,
     embed: bool = False,
     allow_html: bool = False,
     **options: Any,

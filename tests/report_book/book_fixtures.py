@@ -105,12 +105,17 @@ def toy_notebook(sentinel: str = "done", images: tuple[Any, Any] | None = None) 
     """What a notebook looks like after execution: figures, tables, a gallery, an interactive figure."""
     drawn = _draw_outputs(*images) if images else json.loads(_toy_outputs())
     outputs = [*map(nbformat.from_dict, drawn), new_output("stream", name="stdout", text=sentinel + "\n")]
+    progress = new_output("stream", name="stderr", text="training: 50%|#####     |\n")
     cells: list[Any] = [new_markdown_cell("# MLP + MNIST\n\nA toy page with $\\phi^\\top \\phi$ in it.")]
     for count, output in enumerate(outputs, 1):
         if "execution_count" in output:
             output["execution_count"] = count
         cells.append(new_markdown_cell(f"## Part {count}"))
-        cells.append(new_code_cell(f"show({count})", execution_count=count, outputs=[output]))
+        cells.append(
+            new_code_cell(
+                f"show({count})", execution_count=count, outputs=[output, progress] if count == 1 else [output]
+            )
+        )
     for place, cell in enumerate(cells):
         cell["id"] = f"toy-{place}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -50,6 +50,12 @@ def test_inputs_are_folded_and_the_notebook_is_downloadable(built_book: Path) ->
     assert {"mlp_mnist_embedded.ipynb", "mlp_mnist_embedded.json", "ledger.csv", "ledger.json"} <= downloads
 
 
+def test_progress_bars_are_left_out_of_the_page(built_book: Path) -> None:
+    page = (built_book / "book/executed/mlp_mnist_embedded.html").read_text()
+    assert "grass-run-complete" in page
+    assert "training: 50%" not in page
+
+
 def test_numbers_of_the_prose_were_filled_in(built_book: Path) -> None:
     ledger = (built_book / "book/ledger.html").read_text()
     assert "Of 111 published LDS values" in ledger
