@@ -44,8 +44,9 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIER0, _MULTIPLIER1 = 0xD2511F53, 0xCD9E8D57
 _WEYL0, _WEYL1 = 0x9E3779B9, 0xBB67AE85
 _UNIFORM, _NORMAL, _INTEGERS, _DISTINCT, _PERMUTATION, _KEEP = range(1, 7)
-# Six int64 buffers of one chunk: 3 MiB on a CPU, near the caches; on a GPU large enough that launches cost little.
-_CPU_CHUNK, _CUDA_CHUNK = 1 << 16, 1 << 22
+# On a CPU not above the size from which torch splits an operation over threads: a chunk's 130 short operations gain
+# little from a second thread, and lose a factor of ten when another process wants that core. On a GPU, few launches.
+_CPU_CHUNK, _CUDA_CHUNK = 1 << 15, 1 << 22
 
 
 def philox_(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> None:
