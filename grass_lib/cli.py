@@ -204,9 +204,11 @@ def _execute(planned: Sequence[PlannedRun], executor: str, jobs: int, force: boo
 
         return run_on_slurm(planned, planned[0].folder.parent, jobs=jobs, force=force, report=show_outcome)
     pending = [item for item in planned if (force or not item.finished) and not item.problems]
-    if pending and progress:
-        logs = ", ".join(near(item.folder / "log.txt") for item in pending)
-        console_for(stderr=True).print(f"running {len(pending)} notebook(s); to follow: tail -f {escape(logs)}")
+    for item in pending if progress else ():
+        why = f"{item.run_id} ({item.pending or 'forced'})"
+        console_for(stderr=True).print(
+            f"running   {escape(why)}; to follow: tail -f {escape(near(item.folder / 'log.txt'))}"
+        )
     return run_all(planned, jobs=jobs, force=force, progress=progress, report=show_outcome)
 
 

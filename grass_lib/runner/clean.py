@@ -10,12 +10,29 @@ _VOLATILE = ("papermill", "execution", "widgets")
 
 
 def _last_state(text: str) -> str:
-    """What a terminal would show: a carriage return starts the line again."""
+    """What a terminal would show in the end: a carriage return goes back to the start of the line."""
     lines = []
     for line in text.replace("\r\n", "\n").split("\n"):
-        states = [state for state in line.split("\r") if state.strip()]
-        lines.append(states[-1] if states else "")
+        shown = ""
+        for state in line.split("\r"):
+            shown = state + shown[len(state) :]
+        lines.append(shown.rstrip(" "))
     return "\n".join(lines)
+
+
+def _merged(outputs: list[Any]) -> list[Any]:
+    """Outputs with the pieces of one stream put together, and without streams that show nothing in the end."""
+    merged: list[Any] = []
+    for output in outputs:
+        stream = output["output_type"] == "stream"
+        if stream and merged and merged[-1]["output_type"] == "stream" and merged[-1]["name"] == output["name"]:
+            merged[-1]["text"] += output["text"]
+        else:
+            merged.append(output)
+    for output in merged:
+        if output["output_type"] == "stream":
+            output["text"] = scrub_text(_last_state(output["text"]))
+    return [output for output in merged if output["output_type"] != "stream" or output["text"].strip()]
 
 
 def _scrub(value: Any) -> Any:
@@ -41,10 +58,12 @@ def clean_notebook(notebook: Any) -> Any:
         for name in _VOLATILE:
             holder.metadata.pop(name, None)
     for cell in notebook.cells:
+        if cell.get("outputs"):
+            cell["outputs"] = _merged(cell["outputs"])
         for output in cell.get("outputs", ()):
             if output["output_type"] == "stream":
-                output["text"] = scrub_text(_last_state(output["text"]))
-            elif output["output_type"] == "error":
+                continue
+            if output["output_type"] == "error":
                 output["traceback"] = _scrub(output["traceback"])
                 output["evalue"] = scrub_text(output["evalue"])
             else:

@@ -41,7 +41,11 @@ def _alive(owner: dict[str, object]) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:  # a process that has ended but was not yet waited for still has its number
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state != "Z"
 
 
 @contextmanager

@@ -158,6 +158,14 @@ def test_experiment_that_cannot_run_here_fails_without_a_folder(toy):
     assert not planned.folder.exists()
 
 
+def running(pid):
+    """Whether a process runs; one that has ended but was not yet waited for by its parent does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -175,7 +183,7 @@ def test_stop_ends_the_kernel(toy):
     stop.set()
     thread.join(30)
     assert outcomes[0].state == "interrupted"
-    wait_for(lambda: not psutil.pid_exists(int(pid_file.read_text())))
+    wait_for(lambda: not running(int(pid_file.read_text())))
     assert any("exit code is 130" in problem for problem in verify_run(planned.folder))
 
 
@@ -189,7 +197,7 @@ def test_signals_stop_the_kernel_and_end_with_their_code(toy, number, code):
     assert process.returncode == code
     assert "run the same command again" in errors
     assert "Traceback" not in errors
-    wait_for(lambda: not psutil.pid_exists(kernel))
+    wait_for(lambda: not running(kernel))
 
 
 def started_kernel(toy):
@@ -223,4 +231,4 @@ def test_killed_runner_takes_its_kernel_along_and_the_next_run_goes_on(toy):
     outcome = run("act=sleep")  # waits for the rest of the killed one
     assert (outcome.state, outcome.message) == ("done", "")
     assert attempts(folder) == 2, "the store of the killed attempt is still there"
-    assert not psutil.pid_exists(kernel)
+    assert not running(kernel)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from grass_lib.errors import GrassError
-from grass_lib.runner.lock import LOCK_FILE, run_lock
+from grass_lib.runner.lock import LOCK_FILE, _alive, run_lock
 
 
 def test_second_holder_is_refused_with_the_owner(tmp_path):
@@ -51,3 +51,13 @@ with run_lock(Path({str(tmp_path)!r})) as file:
         pass
     with run_lock(tmp_path, patience=20):
         pass
+
+
+def test_owner_that_ended_but_was_not_waited_for_is_not_alive(tmp_path):
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    owner = {"pid": zombie.pid, "host": socket.gethostname()}
+    assert not _alive(owner)
+    assert _alive({**owner, "pid": os.getpid()})
+    assert _alive({**owner, "host": "elsewhere"}), "who knows"
+    zombie.wait()
