@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, figure_style, method_of
-from grass_lib.report.tables import Row, pick_rows
+from grass_lib.report.tables import Row, interval_text, pick_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +75,44 @@ def _k_axis(axes: Axes, ks: Sequence[int]) -> None:
     axes.set_xlabel("k, compressed dimension")
 
 
+def _draw_ceiling(axes: Axes, ceiling: Mapping[str, Any]) -> None:
+    """A dotted line with its interval; words instead where the line would squeeze everything else."""
+    low, high = ceiling.get("interval") or (ceiling["mean"], ceiling["mean"])
+    bottom, top = axes.get_ylim()
+    if low > top + 0.5 * (top - bottom):
+        axes.set_ylim(bottom, top + 0.09 * (top - bottom))
+        interval = interval_text(ceiling.get("interval"), 2)
+        text = f"noise ceiling {ceiling['mean']:.2f}" + (f" ({interval})" if interval else "") + ", above the figure"
+        axes.text(0.02, 0.97, text, transform=axes.transAxes, va="top", fontsize=9.5)
+        return
+    axes.axhline(ceiling["mean"], color=NEUTRAL, linestyle=":", linewidth=1.5, label="noise ceiling")
+    axes.axhspan(low, high, color=NEUTRAL, alpha=0.12, linewidth=0)
+
+
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9.5)
+    handles, labels = axes.get_legend_handles_labels()
+    wanted = [*(style.label for style in METHODS.values()), "published", "noise ceiling"]
+    order = sorted(range(len(labels)), key=lambda place: wanted.index(labels[place]))
+    axes.legend(
+        [handles[place] for place in order],
+        [labels[place] for place in order],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        fontsize=9.5,
+    )
+
+
+def _ceiling(axes: Axes, noise_ceiling: Mapping[str, Any]) -> None:
+    """A line where it is near the data; in words where a line would press the data into a corner."""
+    low, high = axes.get_ylim()
+    mean = noise_ceiling["mean"]
+    if mean <= high + 0.5 * (high - low):
+        axes.axhline(mean, color=NEUTRAL, linestyle=":", linewidth=1.5, label="noise ceiling")
+        if noise_ceiling.get("interval"):
+            axes.axhspan(*noise_ceiling["interval"], color=NEUTRAL, alpha=0.12, linewidth=0)
+        return
+    words = f"noise ceiling {mean:.2f}, above this range"
+    axes.text(0.015, 0.975, words, transform=axes.transAxes, ha="left", va="top", color=NEUTRAL, fontsize=9.5)
 
 
 def lds_figure(
@@ -93,7 +129,7 @@ def lds_figure(
     Args:
         source: a run record or its result rows.
         published: rows of ``published.json`` to draw beside ours, hollow and dashed; only for a paper-scale run.
-        noise_ceiling: ``{mean, interval}``; drawn as a dotted line with its interval.
+        noise_ceiling: ``{mean, interval}``; a dotted line with its interval, or words if far above.
         attributor: which attributor's rows.
         convention: which damping convention; None takes that of the first row.
         title: title above the axes.
@@ -138,12 +174,12 @@ def lds_figure(
                     markerfacecolor="none",
                     linestyle="--",
                     linewidth=1.2,
-                    label=f"{style.label}, published",
+                    label="_published",
                 )
+        if paper:
+            axes.plot([], [], color=NEUTRAL, marker="o", markerfacecolor="none", linestyle="--", label="published")
         if noise_ceiling is not None:
-            axes.axhline(noise_ceiling["mean"], color=NEUTRAL, linestyle=":", linewidth=1.5, label="noise ceiling")
-            if noise_ceiling.get("interval"):
-                axes.axhspan(*noise_ceiling["interval"], color=NEUTRAL, alpha=0.12, linewidth=0)
+            _draw_ceiling(axes, noise_ceiling)
         _k_axis(axes, sorted({row["k"] for group in (*groups.values(), *paper.values()) for row in group}))
         axes.set_ylabel("LDS, mean over queries")
         axes.set_title(title)

@@ -19,27 +19,42 @@ from grass_lib.report.tables import interval_text, lds_table, pick_rows, table_h
 
 def lines(figure: Any) -> dict[str, Any]:
     axes = figure.axes[0]
+    legend = axes.get_legend()
+    ordered = [text.get_text() for text in legend.get_texts()]
     handles, labels = axes.get_legend_handles_labels()
     drawn = [handle[0] if hasattr(handle, "lines") else handle for handle in handles]
-    return dict(zip(labels, drawn, strict=True))
+    found = dict(zip(labels, drawn, strict=True))
+    return {label: found[label] for label in ordered}
 
 
 def test_lds_figure_draws_the_rows_in_the_colours_of_the_methods() -> None:
-    drawn = lines(lds_figure(toy_rows(), noise_ceiling=CEILING))
+    near = {"mean": 0.45, "interval": [0.4, 0.5]}
+    drawn = lines(lds_figure(toy_rows(), noise_ceiling=near))
     wanted = [row["lds"]["mean"] for row in toy_rows() if row["projection"].startswith("sjlt")]
     assert list(drawn["SJLT"].get_ydata()) == wanted
     assert drawn["SJLT"].get_color() == METHODS["sjlt"].colour
     assert drawn["SJLT"].get_marker() == METHODS["sjlt"].marker
-    assert set(drawn["noise ceiling"].get_ydata()) == {CEILING["mean"]}
+    assert set(drawn["noise ceiling"].get_ydata()) == {0.45}
+    assert list(drawn) == ["random mask", "SJLT", "FJLT", "dense normal", "dense Rademacher", "GraSS", "noise ceiling"]
+
+
+def test_a_ceiling_far_above_is_written_not_drawn() -> None:
+    figure = lds_figure(toy_rows(), noise_ceiling={"mean": 0.9, "interval": [0.85, 0.95]})
+    assert "noise ceiling" not in lines(figure)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["noise ceiling 0.90 (0.85 to 0.95), above the figure"]
+    assert figure.axes[0].get_ylim()[1] < 0.6
 
 
 def test_published_fjlt_is_drawn_as_the_rademacher_projection_that_it_was() -> None:
     published = [row for row in published_rows("mlp_mnist") if row["projection"].startswith("fjlt")]
-    drawn = lines(lds_figure(toy_rows((2048, 4096, 8192)), published=published))
-    line = drawn["dense Rademacher, published"]
-    assert list(line.get_ydata()) == [row["lds"] for row in published]
-    assert line.get_markerfacecolor() == "none"
-    assert "FJLT, published" not in drawn
+    figure = lds_figure(toy_rows((2048, 4096, 8192)), published=published)
+    drawn = lines(figure)
+    assert "published" in drawn
+    dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+    assert len(dashed) == 1
+    assert list(dashed[0].get_ydata()) == [row["lds"] for row in published]
+    assert dashed[0].get_color() == METHODS["rademacher"].colour
+    assert dashed[0].get_markerfacecolor() == "none"
     assert [row["projection"] for row in published] == ["fjlt-2048", "fjlt-4096", "fjlt-8192"]
     assert [row["projection"] for row in comparable(published)] == [f"rademacher-{k}" for k in (2048, 4096, 8192)]
 
