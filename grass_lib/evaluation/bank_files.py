@@ -7,10 +7,14 @@ everything it consists of is on the disk.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,42 @@ from torch import Tensor
 
 from grass_lib.errors import BankError
 
+LOCK_FILE = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def bank_lock(folder: Path) -> Iterator[None]:
+    """Lets one process at a time train a bank; another one waits, and then finds the groups finished.
+
+    The operating system drops the lock when its holder ends, however it ends.
+
+    Args:
+        folder: The bank's folder; it must exist.
+
+    Raises:
+        BankError: The lock file could not be opened.
+    """
+    try:
+        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise BankError(
+            f"bank folder {folder} could not be locked: {error.strerror or error}; make it writable"
+        ) from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process trains the bank in %s; waiting until it has ended", folder.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks; files still appear whole or not at all.
+            logger.warning("the bank in %s is used without a lock: %s", folder.name, error.strerror)
+        yield
+    finally:
+        os.close(file)
 
 
 def write_whole(path: Path, content: bytes) -> str:
@@ -36,7 +75,7 @@ def write_whole(path: Path, content: bytes) -> str:
         BankError: The file could not be written; what was there before is untouched.
     """
     try:
-        # Left over from a run that was killed while it wrote this very file.
+        # Left over from a run that was killed while it wrote this very file; the lock keeps others out.
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

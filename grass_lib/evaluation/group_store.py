@@ -72,11 +72,11 @@ class GroupStore:
         text = json.dumps([FORMAT, STREAM_VERSION, asdict(plan), recipe], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
-    def open(self) -> None:
-        """Creates the folder and its manifest, or checks that the manifest there is that of this bank.
+    def make_folder(self) -> None:
+        """Creates the folder where it is missing.
 
         Raises:
-            BankError: The folder holds another bank, or cannot be written.
+            BankError: It could not be made.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,13 @@ class GroupStore:
                 f"bank folder {self.folder} could not be made: {error.strerror or error}; name a folder that can be "
                 "written"
             ) from error
+
+    def open(self) -> None:
+        """Writes the manifest, or checks that the one there is that of this bank.
+
+        Raises:
+            BankError: The folder holds another bank, or cannot be written.
+        """
         path = self.folder / "manifest.json"
         if path.exists():
             self._check_manifest(read_json(path, "delete the folder to train the whole bank again"))

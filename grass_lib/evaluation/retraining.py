@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grass_lib.errors import BankError, UsageError
+from grass_lib.evaluation.bank_files import bank_lock
 from grass_lib.evaluation.group_store import GroupStore, TrainedGroup
 from grass_lib.evaluation.plan import BankPlan, Member
 
@@ -114,7 +115,7 @@ def train_bank(
     Args:
         plan: Subsets, seeds and groups.
         trainer: Trains one group.
-        directory: Where the bank is kept; made when it is not there.
+        directory: Where the bank is kept; made when it is not there. Another process that trains it is waited for.
         fingerprint: Of everything that decides what the trainer does: recipe, model, data. A bank of another
             fingerprint is refused.
         keep_weights: Keeps the models' weights too (see `load_weights`). Weights that are missing from a finished group
@@ -129,33 +130,10 @@ def train_bank(
             that was trained again is not the one whose outputs are stored.
     """
     store = GroupStore(Path(directory), plan, fingerprint)
-    store.open()
-    groups = plan.groups()
-    # All groups are read before any is trained, so that a damaged file is reported at once.
-    stored = [store.read(number) for number in range(len(groups))]
-    missing = [
-        number
-        for number, group in enumerate(stored)
-        if group is None or (keep_weights and store.read_weights(number) is None)
-    ]
-    total = sum(map(len, groups))
-    done = total - sum(len(groups[number]) for number in missing)
-    with tqdm(
-        total=total, initial=done, desc=f"training {plan.role} models", unit="model", delay=3, disable=not progress
-    ) as bar:
-        for number in missing:
-            members = groups[number]
-            subsets = torch.stack([plan.subset_indices(member.index) for member in members])
-            trained = trainer(subsets, members)
-            _check_trained(trained, members, keep_weights)
-            before = stored[number]
-            if before is not None:
-                _check_same(before, trained, members)
-            if keep_weights and trained.state_dicts is not None:
-                store.write_weights(number, trained.state_dicts)
-            if before is None:
-                store.write(number, trained)
-            bar.update(len(members))
+    store.make_folder()
+    with bank_lock(store.folder):
+        store.open()
+        _train_missing(store, trainer, keep_weights=keep_weights, progress=progress)
     return _assemble(store)
 
 
@@ -182,6 +160,36 @@ def load_weights(directory: str | Path) -> list[dict[str, Tensor]]:
             )
         states.update({member.index: state for member, state in zip(members, found, strict=True) if not member.repeat})
     return [states[index] for index in range(store.plan.n_models)]
+
+
+def _train_missing(store: GroupStore, trainer: Trainer, *, keep_weights: bool, progress: bool) -> None:
+    """Trains and stores what `train_bank` still lacks."""
+    plan, groups = store.plan, store.plan.groups()
+    # All groups are read before any is trained, so that a damaged file is reported at once.
+    stored = [store.read(number) for number in range(len(groups))]
+    missing = [
+        number
+        for number, group in enumerate(stored)
+        if group is None or (keep_weights and store.read_weights(number) is None)
+    ]
+    total = sum(map(len, groups))
+    done = total - sum(len(groups[number]) for number in missing)
+    with tqdm(
+        total=total, initial=done, desc=f"training {plan.role} models", unit="model", delay=3, disable=not progress
+    ) as bar:
+        for number in missing:
+            members = groups[number]
+            subsets = torch.stack([plan.subset_indices(member.index) for member in members])
+            trained = trainer(subsets, members)
+            _check_trained(trained, members, keep_weights)
+            before = stored[number]
+            if before is not None:
+                _check_same(before, trained, members)
+            if keep_weights and trained.state_dicts is not None:
+                store.write_weights(number, trained.state_dicts)
+            if before is None:
+                store.write(number, trained)
+            bar.update(len(members))
 
 
 def _assemble(store: GroupStore) -> RetrainingBank:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from itertools import chain
 from pathlib import Path
 
@@ -45,7 +46,11 @@ def same(first, second):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_bank_holds_what_the_trainer_gave(tmp_path):
@@ -229,7 +234,7 @@ def test_file_size_limit_of_the_system(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert list(contents(tmp_path)) == ["manifest.json"]
     assert tiny_bank(tmp_path, trainer, plan=plan).n_models == 2
 
 
@@ -298,7 +303,7 @@ def test_weights_of_other_models_are_refused(tmp_path):
 def test_what_a_trainer_may_not_return(tmp_path, group, message):
     with pytest.raises(BankError, match=message):
         tiny_bank(tmp_path, lambda subsets, members: group, keep_weights=True)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["manifest.json"]
+    assert list(contents(tmp_path)) == ["manifest.json"]
 
 
 def test_a_moved_bank_still_reads(tmp_path):
@@ -306,6 +311,32 @@ def test_a_moved_bank_still_reads(tmp_path):
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert same(RetrainingBank.load(tmp_path / "there"), whole)
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "there").values())
+
+
+def test_a_second_process_waits_and_trains_nothing(tmp_path):
+    """Two trainings of one folder at once: the later one finds what the earlier one has made."""
+    started, go_on, results = threading.Event(), threading.Event(), {}
+
+    def hold(n):
+        started.set()
+        go_on.wait(30)
+
+    def run(name, trainer):
+        results[name] = tiny_bank(tmp_path, trainer)
+
+    late = TinyTrainer()
+    threads = [threading.Thread(target=run, args=("first", TinyTrainer(hold)))]
+    threads[0].start()
+    started.wait(30)
+    threads.append(threading.Thread(target=run, args=("second", late)))
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert late.calls == 0
+    assert same(results["first"], results["second"])
 
 
 @pytest.mark.system

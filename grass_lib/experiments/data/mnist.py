@@ -213,8 +213,8 @@ def _parquet_rows(path: Path, count: int) -> Iterable[tuple[np.ndarray, int]]:
         return [(_pixels(row["image"]["bytes"]), int(row["label"])) for row in rows]
     except (ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"GRASS_DATA's mnist/{path.name} cannot be read ({error}); expected the parquet file of {HUB} on the hub. "
-            "Fetch it again"
+            f"GRASS_DATA's mnist/{path.name} cannot be read ({' '.join(str(error).split())}); expected the parquet "
+            f"file of {HUB} on the hub. Fetch it again"
         ) from error
 
 
