@@ -77,7 +77,8 @@ def test_package_fast_jl_is_an_isometry(n):
     projector = build_projector("rademacher-4096", p, backend="fast_jl", device="cuda")
     y = projector(x)
     assert projector.backend == "fast_jl"
-    torch.testing.assert_close(y.norm(dim=1) / x.norm(dim=1), torch.ones(n, device="cuda"), rtol=0.1, atol=0)
-    torch.testing.assert_close(projector(x[:1]), y[:1], rtol=2e-2, atol=1e-10)
+    # Independent signs give a spread of 1.1 %; too many of the package's tiles would give 8 %.
+    torch.testing.assert_close(y.norm(dim=1) / x.norm(dim=1), torch.ones(n, device="cuda"), rtol=0.06, atol=0)
+    assert (projector(x[:1]) - y[:1]).norm() < 2e-2 * y[:1].norm()
     other = build_projector("rademacher-4096", p, backend="fast_jl", device="cuda", seed=1)(x)
-    assert not torch.allclose(y, other)
+    assert (other - y).norm() > 0.5 * y.norm()
