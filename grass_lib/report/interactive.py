@@ -136,7 +136,7 @@ def lds_figure_html(
         source: a run record or its result rows.
         div_id: HTML id; starts with ``plotly-``.
         published: rows of ``published.json`` to draw hollow and dashed; only for a paper-scale run.
-        noise_ceiling: ``{mean, interval}``; drawn as a dotted line.
+        noise_ceiling: ``{mean, interval}``; a dotted line, hidden until clicked in the legend if far above.
         attributor: which attributor's rows.
         convention: which damping convention; None takes that of the first row.
         embed: put plotly.js (4.8 MB) into the result. False in a book, which loads it once; True for a notebook opened
@@ -158,7 +158,10 @@ def lds_figure_html(
         if name in paper:
             figure.add_trace(_published_trace(name, paper[name]))
     if noise_ceiling is not None:
-        figure.add_trace(_ceiling_trace(noise_ceiling, ks))
+        drawn = [row["lds"]["mean"] for rows in groups.values() for row in rows]
+        # A line far above the others would squeeze them: it waits in the legend.
+        far = bool(drawn) and noise_ceiling["mean"] > max(drawn) + 1.5 * max(max(drawn) - min(drawn), 0.05)
+        figure.add_trace({**_ceiling_trace(noise_ceiling, ks), "visible": "legendonly" if far else True})
     _k_ticks(figure, ks)
     return _fragment(figure, div_id, embed)
 

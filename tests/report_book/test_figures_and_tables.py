@@ -137,6 +137,13 @@ def test_html_fragments_load_nothing_and_are_small_unless_embedded() -> None:
     assert len(lds_figure_html(toy_rows(), embed=True)) > 3_000_000
 
 
+@pytest.mark.parametrize(("mean", "hidden"), [(0.45, False), (0.9, True)])
+def test_a_ceiling_far_above_waits_in_the_legend(mean: float, hidden: bool) -> None:
+    text = lds_figure_html(toy_rows(), noise_ceiling={"mean": mean, "interval": None})
+    assert "noise ceiling" in text
+    assert ('"visible":"legendonly"' in text) is hidden
+
+
 def test_ids_must_not_meet_those_of_sections() -> None:
     with pytest.raises(UsageError, match=r"dt-.*'results'"):
         table_html(lds_table(toy_rows()), "results")
