@@ -288,7 +288,7 @@ def parse_specs(text: str | Iterable[str | CompressionSpec]) -> list[Compression
         SpecError: One of them cannot be parsed, or an entry is empty.
     """
     entries = text.split(",") if isinstance(text, str) and text.strip() else [] if isinstance(text, str) else list(text)
-    return [CompressionSpec.parse(entry) for entry in entries]
+    return [entry if isinstance(entry, CompressionSpec) else CompressionSpec.parse(entry) for entry in entries]
 
 
 def parse_hessian(text: str) -> str:

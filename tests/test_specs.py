@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from grass_lib.errors import SpecError, UsageError
-from grass_lib.specs import HESSIANS, TYPES, CompressionSpec, StageSpec, parse_hessian
+from grass_lib.specs import HESSIANS, TYPES, CompressionSpec, StageSpec, parse_hessian, parse_specs
 
 
 @pytest.mark.parametrize(
@@ -198,3 +198,13 @@ def test_hessians():
     for bad, nearest in (("efim", "eFIM"), ("IDENTITY", "Identity"), ("ekfac", "eFIM"), (None, "")):
         with pytest.raises(UsageError, match=f"nearest valid form: {nearest}.*Hessians: eFIM, Identity"):
             parse_hessian(bad)
+
+
+def test_lists_of_specs():
+    pair = CompressionSpec.parse("random_mask-8->sjlt-4")
+    assert parse_specs("sjlt-4, random_mask-8->sjlt-4") == [CompressionSpec.parse("sjlt-4"), pair]
+    assert parse_specs(["sjlt-4", pair]) == [CompressionSpec.parse("sjlt-4"), pair]
+    assert parse_specs(" ") == []
+    assert parse_specs([]) == []
+    with pytest.raises(SpecError, match="it is empty"):
+        parse_specs("sjlt-4,,fjlt-2")
