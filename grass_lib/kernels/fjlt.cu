@@ -7,7 +7,7 @@
 // Blocks above 2^LIMIT are folded: Q = 2^(FULL - M) sub-transforms of signed sums, one for each value of blockIdx.y.
 //
 // Compile-time constants: IN, OUT, M (transform), FULL (block, M <= FULL), S (super tile, S >= M), V, THREADS,
-// W0, W1, W2, W3 (pass widths, sum M), SLICE (outputs held by a thread), SLICES (runs of outputs, over blockIdx.z).
+// W0, W1, W2, W3 (pass widths, sum M), SLICE (outputs held by a thread); runs of THREADS * SLICE outputs lie along blockIdx.z.
 #define TILE (1 << S)
 #define SIZE (1 << M)
 #define BLOCKS_A_TILE (1 << (S - M))
