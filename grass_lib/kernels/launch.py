@@ -22,11 +22,6 @@ def flat_rows(x: Tensor) -> Tensor:
     return x
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of ``device``."""
-    return nvrtc.processors(device)
-
-
 def element_size(x: Tensor) -> int:
     """Bytes of one element."""
     return x.element_size()

@@ -18,7 +18,7 @@ from grass_lib.errors import GrassError, UsageError
 _FOLDER = Path(__file__).parent
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
-_LETTERS = {"P": _POINTER, "i": _INT, "l": _LONG, "f": _FLOAT}
+_LETTERS = {"P": _POINTER, "i": _INT, "I": ctypes.c_uint, "l": _LONG, "f": _FLOAT}
 
 
 def missing_for_kernels() -> str | None:
@@ -113,7 +113,7 @@ def kernel(file: str, name: str, signature: str, constants: Mapping[str, int], d
     Args:
         file: A ``.cu`` file of this folder.
         name: The ``extern "C"`` kernel in it.
-        signature: One letter an argument: P pointer, i 32-bit, l 64-bit integer, f float.
+        signature: One letter an argument: P pointer, i and I 32-bit (I unsigned), l 64-bit integer, f float.
         constants: Preprocessor definitions.
         device: The CUDA device to compile for.
 

@@ -3,8 +3,9 @@
 // One thread block owns R rows of the batch and a run of column tiles; its R x KV sums live in shared memory. A warp is
 // G = 32 / R lane groups of R rows. Inside a tile the entries are sorted so that no destination belongs to two lane
 // groups: a sum is a plain read-modify-write in a fixed order, without atomics. Lane group g of a warp only meets
-// destinations with d % G == g, so the 32 lanes touch 32 different banks. Tiles arrive by asynchronous 16-byte copies
-// that start at the 16-byte boundary before the row's first element, so no row needs to be aligned.
+// destinations with d % G == g, so the 32 lanes touch 32 different banks. Tiles arrive by asynchronous copies that start
+// at the 16-byte boundary before the row's first element, so no row needs to be aligned: by the bulk copy engine where
+// there is one (compute capability 9), asked by a warp of its own, else 16 bytes a thread.
 //
 // Compile-time constants: IN, OUT (see common.cuh), R, T (columns a tile), WARPS, STAGES, GATHER.
 #define G (32 / R)
@@ -20,20 +21,38 @@ typedef in_t tile_t;
 #define PITCH_BYTES (T * (int)sizeof(tile_t) + 4 * (R >= 8 ? 4 : 32 / R))
 #define X_BYTES (R * PITCH_BYTES)
 #define CHUNKS (T * WIDTH / 16 + 1)
+#define BULK (!GATHER && __CUDA_ARCH__ >= 900)
+
+// Joins the warps that add; the copying warp, where there is one, runs ahead on its own.
+__device__ __forceinline__ void join() {
+#if BULK
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+__device__ __forceinline__ void await(u64* barrier, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@done bra over;\n"
+        "bra again;\nover:\n}" ::"r"(shared_address(barrier)),
+        "r"(phase)
+        : "memory");
+}
 
 __device__ __forceinline__ float tile_value(const tile_t* row, u32 entry) {
 #if GATHER
-    float v = row[(entry >> 1) & 0x7fff];
+    float v = row[entry & 0x7fff];
 #else
-    float v = widen(row[(entry >> 1) & 0x7fff]);
+    float v = widen(row[entry & 0x7fff]);
 #endif
-    return __uint_as_float(__float_as_uint(v) ^ (entry << 31));
+    return __uint_as_float(__float_as_uint(v) ^ ((entry << 16) & 0x80000000u));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sjlt(
+extern "C" __global__ void __launch_bounds__(THREADS + (BULK ? 32 : 0)) sjlt(
     const in_t* __restrict__ x, i64 row_stride, int rows, i64 p,  // (rows, p), unit stride in a row
     const i64* __restrict__ columns,                              // GATHER: p kept columns of x
-    const uint2* __restrict__ entries,                            // (steps, GROUPS) pairs: d << 16 | column << 1 | sign
+    const uint2* __restrict__ entries,                            // (steps, GROUPS) pairs: d << 16 | sign << 15 | column
     const int* __restrict__ offsets,                              // (passes, tiles + 1) first step of a tile
     int entry_bytes,                                              // room for the longest tile's entries
     void* __restrict__ out, int direct, float scale,              // direct: the final (rows, k), else (splits, rows, k)
@@ -73,6 +92,54 @@ extern "C" __global__ void __launch_bounds__(THREADS) sjlt(
     };
 #endif
 
+#if BULK
+    // Lane r < R of the copying warp asks for row r of a tile, lane R for its entries. `arrived` counts a stage's bytes,
+    // `drained` says that all are done with it.
+    __shared__ u64 arrived[STAGES], drained[STAGES];
+    if (tid == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(arrived + s)));
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(drained + s)));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (warp == WARPS) {
+        const unsigned char* row_begin = (const unsigned char*)(x + (i64)min(first_row + lane, rows - 1) * row_stride);
+        const bool live = lane < R && first_row + lane < rows;
+        for (int t = t_begin; t < t_end; t++) {
+            const int turn = (t - t_begin) / STAGES, stage = (t - t_begin) % STAGES;
+            const u32 to = shared_address(stages + stage * stage_bytes);
+            const int steps = next_end - next_begin;
+            const unsigned char* from = (const unsigned char*)(entries + (i64)next_begin * GROUPS);
+            int bytes = lane == R ? steps * GROUPS * 8 : 0;
+            if (live) {
+                // The end is rounded up to 16 bytes: those bytes share a memory page with the row's last element.
+                const unsigned char* start = row_begin + (i64)t * T * WIDTH;
+                from = (const unsigned char*)((u64)start & ~(u64)15);
+                i64 end = min((i64)(start - from) + T * WIDTH, (i64)(row_begin + p * WIDTH - from));
+                bytes = ((int)end + 15) & ~15;
+            }
+            const int total = __reduce_add_sync(0xffffffffu, bytes);
+            if (turn > 0) await(drained + stage, (turn - 1) & 1);
+            const u32 barrier = shared_address(arrived + stage);
+            if (lane == 0) {
+                steps_of[stage] = steps;
+                asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(total) : "memory");
+            }
+            __syncwarp();
+            if (bytes > 0)
+                asm volatile(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                        to + (lane == R ? X_BYTES : lane * PITCH_BYTES)),
+                    "l"(from), "r"(bytes), "r"(barrier)
+                    : "memory");
+            next_begin = next_end;
+            if (t + 1 < t_end) next_end = offset[t + 2];
+        }
+        return;
+    }
+#else
     auto issue = [&](int t) {
         if (t < t_end) {
             int stage = (t - t_begin) % STAGES;
@@ -117,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sjlt(
 #endif
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) issue(t_begin + s);
+#endif
 
     const i64 my_row = min(first_row + r, rows - 1);
 #if GATHER
@@ -126,32 +194,51 @@ extern "C" __global__ void __launch_bounds__(THREADS) sjlt(
 #endif
     float* sum = sums + r;
     for (int t = t_begin; t < t_end; t++) {
+        const int stage = (t - t_begin) % STAGES;
+#if BULK
+        await(arrived + stage, (t - t_begin) / STAGES & 1);
+#else
         copies_wait<STAGES - 2>();
-        __syncthreads();  // the tile is there for all, and all are done with the stage that is filled next
+        join();  // the tile is there for all, and all are done with the stage that is filled next
         issue(t + STAGES - 1);
-        int stage = (t - t_begin) % STAGES;
+#endif
         const unsigned char* at = stages + stage * stage_bytes;
         const tile_t* row = (const tile_t*)(at + r * PITCH_BYTES) + shift;
         const uint2* step = (const uint2*)(at + X_BYTES) + group;
-        int steps = steps_of[stage];
-        if (steps > 0) {
-            uint2 e = step[0];
-            float a = tile_value(row, e.x), b = tile_value(row, e.y);
-            for (int i = 0; i < steps; i++) {
-                uint2 f = step[min(i + 1, steps - 1) * GROUPS];  // the next pair is read before this one is added
+        const uint2* last = step + (steps_of[stage] - 1) * GROUPS;
+        uint2 e = make_uint2(0, 0);
+        float a = 0.f, b = 0.f;
+        if (step <= last) {
+            e = *step;
+            a = tile_value(row, e.x);
+            b = tile_value(row, e.y);
+        }
+#if BULK
+        join();  // a destination may change hands between tiles
+        if (tid == 0 && t > t_begin) {
+            u32 previous = shared_address(drained + (t - 1 - t_begin) % STAGES);
+            asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(previous) : "memory");
+        }
+#endif
+        if (step <= last) {
+            while (step < last) {
+                step += GROUPS;
+                uint2 f = *step;  // the next pair is read before this one is added
                 float c = tile_value(row, f.x), d = tile_value(row, f.y);
-                float* first = sum + (e.x >> 16) * R;
-                *first += a;
-                float* second = sum + (e.y >> 16) * R;
-                *second += b;
+                sum[(e.x >> 16) * R] += a;
+                sum[(e.y >> 16) * R] += b;
                 e = f;
                 a = c;
                 b = d;
             }
+            sum[(e.x >> 16) * R] += a;
+            sum[(e.y >> 16) * R] += b;
         }
     }
+#if !BULK
     copies_wait<0>();
-    __syncthreads();
+#endif
+    join();
 
     const int k_begin = pass * k_pass, k_here = min(k_pass, k - k_begin);
     for (int d = tid; d < k_here; d += THREADS) {

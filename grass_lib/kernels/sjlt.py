@@ -1,6 +1,6 @@
 """The SJLT on the GPU, and the same kernel over kept coordinates only (`grass`); the reference is `projection.sjlt`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from grass_lib.kernels.launch import element_size, finish, flat_rows, part_buffe
 from grass_lib.kernels.sjlt_table import Layout, Table, build_table
 
 _SIGNATURE = "PlilPPPiPifiiiiii"
-_TILE_BYTES = 16384  # of one stage: with three in flight enough to cover the latency of device memory
+_TILE_BYTES = (65536, 32768, 16384, 8192)  # of one stage, the first that fits: large ones wait less at barriers
 _WARPS = 16
 _RESERVED = 1024  # shared memory that the driver and static variables take from a block
 
@@ -85,24 +85,36 @@ class SjltKernel:
     def _cut(self, rows: int, width: int) -> Layout:
         limit = nvrtc.shared_memory(self.device) - _RESERVED
         width = 4 if self._columns is not None else width
-        room = max(limit * 6 // 10, limit - 4 * (_TILE_BYTES * 3 // 2))
-        tile = self._tuning.tile
-        if tile is None:
-            tile = _TILE_BYTES // (rows * width)
-            while tile > 64 and tile * self.c > 4 * _TILE_BYTES // rows:
-                tile //= 2
+        # With more than one row, half of the shared memory and more is better spent on long tiles.
+        room = limit * (4 if rows > 1 else 6) // 10
         copies = 1
         while self.k * copies * 2 <= 1024:
             copies *= 2
         k_pass = min(self.k, (room // (4 * rows) - 64) // copies)
         passes = -(-self.k // k_pass)
-        return Layout(rows, tile, self._tuning.warps, -(-self.k // passes), copies)
+        k_pass = -(-self.k // passes)
+        layout = Layout(rows, 64, self._tuning.warps, k_pass, copies)
+        wanted = (self._tuning.tile,) if self._tuning.tile else tuple(size // (rows * width) for size in _TILE_BYTES)
+        for tile in wanted:
+            fitting = replace(layout, tile=tile)
+            sums = layout.sum_rows * rows * 4
+            if sums + 2 * self._stage_bytes(fitting, width, None) <= limit and tile < 4 * max(self.p, 64):
+                return fitting
+        return layout
+
+    def _stage_bytes(self, layout: Layout, width: int, longest: int | None) -> int:
+        """Bytes of one stage: the tile's rows and its entries (estimated until the table is packed)."""
+        if longest is None:
+            mean = layout.tile * self.c / layout.groups
+            longest = int(0.55 * mean + 1.5 * mean**0.5 + 3)
+        pitch = layout.tile * width + 4 * max(4, layout.lanes)
+        return layout.rows * pitch + longest * layout.groups * 8
 
     def _cost(self, layout: Layout, batch: int, width: int) -> float:
         row_groups = -(-batch // layout.rows)
         tiles = -(-self.p // layout.tile)
         slots = nvrtc.processors(self.device)
-        _, cost = _splits(row_groups, tiles, slots, _TILE_BYTES, 8 * batch * self.k)
+        _, cost = _splits(row_groups, tiles, slots, layout.rows * layout.tile * width, 8 * batch * self.k)
         table_bytes = 5.0 * self.p * self.c * row_groups  # read from the L2 cache by every row group
         return cost + 0.7 * table_bytes
 
@@ -123,20 +135,20 @@ class SjltKernel:
         table = self.table(layout)
         gathers = self._columns is not None
         tile_width = 4 if gathers else width
-        pitch = layout.tile * tile_width + 4 * max(4, layout.lanes)
         entry_bytes = table.longest * layout.groups * 8
         sums = layout.sum_rows * layout.rows * 4
-        stage = layout.rows * pitch + entry_bytes
+        stage = self._stage_bytes(layout, tile_width, table.longest)
         limit = nvrtc.shared_memory(self.device) - _RESERVED
         stages, resident = self._stages(sums, stage, limit, gathers)
         shared = sums + stages * stage
         row_groups = -(-batch // layout.rows)
         slots = nvrtc.processors(self.device) * resident
-        splits, _ = _splits(row_groups * table.passes, table.tiles, slots, _TILE_BYTES, 8 * batch * self.k)
+        splits, _ = _splits(row_groups * table.passes, table.tiles, slots, layout.rows * layout.tile * tile_width, 8 * batch * self.k)
         tiles_a_split = -(-table.tiles // splits)
         splits = -(-table.tiles // tiles_a_split)
         out = torch.empty(batch, self.k, dtype=dtype, device=x.device)
         parts = part_buffer(splits, out)
+        bulk = not gathers and torch.cuda.get_device_capability(x.device)[0] >= 9  # one more warp only copies
         constants = {
             "IN": nvrtc.DTYPE_CODES[x.dtype],
             "OUT": nvrtc.DTYPE_CODES[dtype],
@@ -149,7 +161,7 @@ class SjltKernel:
         kernel = nvrtc.kernel("sjlt.cu", "sjlt", _SIGNATURE, constants, x.device)
         kernel.launch(
             (row_groups * splits, table.passes),
-            layout.warps * 32,
+            layout.warps * 32 + (32 if bulk else 0),
             shared,
             (
                 x.data_ptr(),
@@ -174,27 +186,23 @@ class SjltKernel:
         return finish(parts, out, self.scale)
 
     def _stages(self, sums: int, stage: int, limit: int, gathers: bool) -> tuple[int, int]:
-        """Stages and resident blocks a multiprocessor: two small blocks overlap better than one large one."""
-        per_processor = limit + _RESERVED
-        blocks = self._tuning.blocks
-        if blocks is None:
-            blocks = 2 if 2 * (sums + (2 if gathers else 3) * stage + 2 * _RESERVED) <= per_processor else 1
-        stages = self._tuning.stages
-        if stages is None:
-            stages = 2 if gathers else max(2, min(4, ((per_processor // blocks - 2 * _RESERVED) - sums) // stage))
-        return stages, blocks
+        """Stages, and blocks that a multiprocessor holds at a time."""
+        if self._tuning.stages is not None:
+            return self._tuning.stages, self._tuning.blocks or 1
+        stages = 2 if gathers else max(2, min(4, (limit - sums) // stage))
+        return stages, self._tuning.blocks or max(1, min(2, limit // (sums + stages * stage + _RESERVED)))
 
 
 def _splits(row_groups: int, tiles: int, slots: int, tile_bytes: int, part_bytes: int) -> tuple[int, float]:
     """Into how many runs of tiles the columns are split, and the estimated cost in bytes moved.
 
-    Whole waves of thread blocks fill the device; each block costs about six tiles to start and end, and each split
-    writes and reads one more set of partial sums.
+    Whole waves of thread blocks fill the device; each block costs about 64 KB of reading to start and end, and each
+    split writes and reads one more set of partial sums.
     """
     best, best_cost = 1, float("inf")
     for splits in range(1, max(1, min(tiles, 4 * slots // row_groups)) + 1):
         waves = -(-row_groups * splits // slots)
-        cost = float(waves * slots * (-(-tiles // splits) + 6) * tile_bytes)
+        cost = float(waves * slots * (-(-tiles // splits) * tile_bytes + 65536))
         if splits > 1:
             cost += float(splits * part_bytes)
         if cost < best_cost:

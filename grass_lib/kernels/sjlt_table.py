@@ -64,7 +64,7 @@ class Table:
 
     Attributes:
         layout: How it was cut.
-        entries: ``(steps, groups, 2)`` int32, ``destination << 16 | column in tile << 1 | sign``.
+        entries: ``(steps, groups, 2)`` int32, ``destination << 16 | sign << 15 | column in tile``.
         offsets: ``(passes, tiles + 1)`` int32, the first step of each tile.
         longest: Steps of the longest tile.
         tiles: Number of tiles.
@@ -153,7 +153,7 @@ def _pack(destinations: Tensor, negative: Tensor, k_begin: int, tiles: int, layo
     spare = layout.sum_rows - lanes + torch.arange(groups, device=device) % lanes
     packed = (spare << 16)[None, :, None].repeat(int(steps.sum()), 1, 2)
     step = first_step[group // groups] + position // 2
-    packed.view(-1)[(step * groups + group % groups) * 2 + position % 2] = (target << 16) | (column << 1) | sign
+    packed.view(-1)[(step * groups + group % groups) * 2 + position % 2] = (target << 16) | (sign << 15) | column
     return _int32(packed), steps
 
 

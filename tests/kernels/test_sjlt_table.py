@@ -19,7 +19,7 @@ def _walk(table: Table, x: torch.Tensor, k: int) -> torch.Tensor:
             begin, end = (int(table.offsets[number, tile + i]) for i in (0, 1))
             assert end - begin <= table.longest
             block = entries[begin:end]
-            target, column, sign = block >> 16, (block >> 1) & 0x7FFF, block & 1
+            target, column, sign = block >> 16, block & 0x7FFF, (block >> 15) & 1
             group = torch.arange(layout.groups)[None, :, None].expand_as(block)
             assert ((target % layout.lanes) == (group % layout.lanes)).all()
             real = target < spare
