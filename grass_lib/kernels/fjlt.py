@@ -9,7 +9,7 @@ from grass_lib.kernels.launch import finish, flat_rows, part_buffer
 
 _SIGNATURE = "PlilPPPifiiiii"
 _FOLD_LIMIT = 15  # 2^15 fp32 values fill the shared memory of a block; larger blocks are folded
-_LARGEST = 16  # picked values are 16-bit
+LARGEST_BITS = 16  # picked values are 16-bit
 
 
 class FjltKernel:
@@ -29,9 +29,9 @@ class FjltKernel:
         self.blocks, self.k = picked.shape
         size = negative.numel() // self.blocks
         self.bits = size.bit_length() - 1
-        if self.bits > _LARGEST:
+        if self.bits > LARGEST_BITS:
             raise UsageError(
-                f'backend="kernel" transforms blocks of up to {1 << _LARGEST} values, k = {self.k} needs {size}; '
+                f'backend="kernel" transforms blocks of up to {1 << LARGEST_BITS} values, k = {self.k} needs {size}; '
                 'use backend="torch"'
             )
         self.p = p

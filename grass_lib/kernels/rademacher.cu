@@ -1,7 +1,7 @@
 // Dense sign projection on the tensor cores: parts[split, b, m] = sum over the split's columns j of sign(j, m) * x[b, j].
 //
 // Signs are the bits of Philox-4x32-10 with counter (j, m / 128, 0, 0): 128 outputs a call, bit m % 32 of word m / 32 % 4,
-// 1 for -1. A thread block owns 256 outputs (one 32-bit word, so 32 outputs, a warp) and 8 * NT rows of the batch. Chunks of
+// set for +1. A thread block owns 256 outputs (one 32-bit word, so 32 outputs, a warp) and 8 * NT rows of the batch. Chunks of
 // 128 columns arrive as they are and multiply with fragments made from bits by one shift and one logical operation a pair.
 // An fp32 row of a chunk is scaled by a power of two to below 2^15 and cut into two halves of 11 bits each: what is lost
 // is under 2^-23 of a value, less than the rounding of sums in fp32. Products with +-1 are exact.
@@ -92,14 +92,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rademacher(
     };
     auto prepare = [&](int chunk) {
         if (chunk >= end) return;
+        // Inverted: in a fragment a set bit is a minus.
         u32* to_words = words + (chunk & 1) * (WORD_BYTES / 4);
         int column = tid & (COLUMNS - 1), tile = tid / COLUMNS;
         uint4 w = philox((u32)chunk * COLUMNS + column, (u32)(output_tile * 2 + tile), key0, key1);
         to_words += tile * 4 * COLUMNS + column;
-        to_words[0] = w.x;
-        to_words[COLUMNS] = w.y;
-        to_words[2 * COLUMNS] = w.z;
-        to_words[3 * COLUMNS] = w.w;
+        to_words[0] = ~w.x;
+        to_words[COLUMNS] = ~w.y;
+        to_words[2 * COLUMNS] = ~w.z;
+        to_words[3 * COLUMNS] = ~w.w;
         unsigned char* to = cut + (chunk & 1) * PARTS * CUT_BYTES;
 #pragma unroll
         for (int row = warp; row < BATCH; row += 8) {
