@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grass_lib.errors import UsageError
 from grass_lib.projection.base import Projector, Recipe
 from grass_lib.projection.sjlt import SJLTProjector
 from grass_lib.rng import Stream
@@ -31,12 +32,12 @@ class BlockSJLTProjector(SJLTProjector):
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-
-    @staticmethod
-    def table(stream: Stream, p: int, k: int, c: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """See `block_table`."""
-        return block_table(stream, p, k, device)
+        if recipe.stage.k is None:
+            raise UsageError(f"{recipe.stage} is not a flat blocksjlt")
+        Projector.__init__(self, recipe, recipe.stage.k)
+        self.c = 1
+        self.destinations, self.signs = block_table(recipe.stream, self.p, self.k, self.device)
+        self._by_destination = None
 
 
 def block_table(stream: Stream, p: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -72,5 +73,3 @@ def block_table(stream: Stream, p: int, k: int, device: torch.device) -> tuple[T
         signs[start:end, 0] = ((words[:, 1] & 1) * 2 - 1)[: end - start]
     return destinations, signs
 
-
-__all__ = ["BLOCKS", "TILE", "BlockSJLTProjector", "Projector", "block_table"]
