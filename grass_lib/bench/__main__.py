@@ -1,11 +1,11 @@
-"""``python -m grass_lib.bench``: the same as ``grass bench projections``, for machines without the command line's packages."""
+"""``python -m grass_lib.bench``: ``grass bench projections`` without the command line's packages."""
 
 import argparse
 import logging
 import sys
 from pathlib import Path
 
-from grass_lib.bench.projections import run, table, write
+from grass_lib.bench.projections import run, summary, write
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,11 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = run(options.device, repeats=options.repeats, only=options.only)
     write(result, options.json)
-    sys.stdout.write(table(result) + "\n")
-    for goal in result["goals"]:
-        sign = "<=" if goal["at_most"] else ">="
-        verdict = "met" if goal["met"] else "MISSED"
-        sys.stdout.write(f"{verdict}: {goal['goal']}: {goal['measured']:.3f} {sign} {goal['limit']} {goal['unit']}\n")
+    sys.stdout.write(summary(result) + "\n")
     return 0
 
 
