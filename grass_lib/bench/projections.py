@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from grass_lib.bench.cases import Case, cpu_cases, gpu_cases
 from grass_lib.bench.goals import goals
+from grass_lib.bench.packages import PACKAGES, package_call
 from grass_lib.bench.timing import measure, read_speed
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.projection import Projector, build_projector
@@ -193,9 +194,13 @@ def _inputs(case: Case, device: torch.device) -> list[Tensor]:
 
 def _line(case: Case, inputs: list[Tensor], exact: Tensor | None, repeats: int, speed: float | None) -> Line:
     try:
-        projector = build_projector(
-            case.spec, case.p, device=inputs[0].device, dtype=inputs[0].dtype, backend=case.backend
-        )
+        projector: Callable[[Tensor], Tensor]
+        if case.backend in PACKAGES:
+            projector = package_call(case, inputs[0].device)
+        else:
+            projector = build_projector(
+                case.spec, case.p, device=inputs[0].device, dtype=inputs[0].dtype, backend=case.backend
+            )
         result = projector(inputs[0])
     except (GrassError, torch.OutOfMemoryError) as error:
         return Line(case, note=f"not measured: {str(error).splitlines()[0]}")
@@ -208,6 +213,8 @@ def _line(case: Case, inputs: list[Tensor], exact: Tensor | None, repeats: int, 
     error = ratio_of_norms = None
     if exact is not None:
         rows = result[:_CHECKED_ROWS].double()
+        if case.backend == "fast_jl":
+            rows = rows / case.k**0.5
         ratio_of_norms = float(rows.norm() / inputs[0][:_CHECKED_ROWS].double().norm())
         if case.backend != "fast_jl":  # it has a matrix of its own
             error = float((rows - exact).norm() / exact.norm())

@@ -1,4 +1,4 @@
-// Blocked Hadamard transform: out[b, i] = scale * sum over blocks of (H D x_block)[rows[block, i]], H with entries +-1.
+// Blocked Hadamard transform: out[b, i] = scale * sum over blocks of +-(H D x_block)[rows[block, i]], H of entries +-1.
 //
 // A thread block owns V rows of the batch and walks super tiles of 2^S values, each 2^(S - M) blocks of 2^M. A value's V
 // rows lie side by side in shared memory. The transform is three or four passes of radix 2^W held in registers; between
@@ -13,6 +13,16 @@
 #define BLOCKS_A_TILE (1 << (S - M))
 #define FOLDS (1 << (FULL - M))
 #define MASK (32 / V - 1)
+// A picked row and, in the highest bit, the sign of what is picked.
+#if FULL < 16
+typedef u16 pick_t;
+#define PICK_SIGN(pick) ((u32)((pick) & 0x8000) << 16)
+#define PICK_ROW(pick) ((pick) & 0x7fff)
+#else
+typedef u32 pick_t;
+#define PICK_SIGN(pick) ((pick) & 0x80000000u)
+#define PICK_ROW(pick) ((int)((pick) & 0x7fffffff))
+#endif
 
 struct __align__(4 * V) vec { float v[V]; };
 
@@ -52,7 +62,7 @@ __device__ __forceinline__ void inner_pass(vec* tile) {
 extern "C" __global__ void __launch_bounds__(THREADS) fjlt(
     const in_t* __restrict__ x, i64 row_stride, int rows, i64 p,  // (rows, p), unit stride in a row
     const u32* __restrict__ signs,                                // (blocks * 2^FULL / 32) bits: 1 is minus
-    const u16* __restrict__ picked,                               // (blocks, k): which value of a block is output i
+    const pick_t* __restrict__ picked,                            // (blocks, k): which value of a block is output i
     void* __restrict__ out, int direct, float scale,              // direct: (rows, k), else (splits * FOLDS, rows, k)
     int k, int blocks, int tiles, int tiles_a_split, int row_groups) {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -110,16 +120,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) fjlt(
         for (int n = owner; n < BLOCKS_A_TILE; n += OWNERS) {
             i64 block = (i64)t * BLOCKS_A_TILE + n;
             if (block < blocks) {
-                const u16* pick = picked + block * k;
+                const pick_t* pick = picked + block * k;
 #pragma unroll
                 for (int i = 0; i < SLICE; i++) {
                     int output = slice + mine + i * THREADS;
                     if (output < k) {
-                        int from = pick[output];
+                        const pick_t taken = pick[output];
+                        const int from = PICK_ROW(taken);
+                        const u32 minus = PICK_SIGN(taken);
                         if (FOLDS == 1 || (from >> M) == fold) {
                             vec value = tile[place(n * SIZE + (from & (SIZE - 1)))];
 #pragma unroll
-                            for (int r = 0; r < V; r++) sum[i].v[r] += value.v[r];
+                            for (int r = 0; r < V; r++)
+                                sum[i].v[r] += __uint_as_float(__float_as_uint(value.v[r]) ^ minus);
                         }
                     }
                 }

@@ -9,7 +9,7 @@ from grass_lib.kernels.launch import finish, flat_rows, part_buffer
 
 _SIGNATURE = "PlilPPPifiiiii"
 _FOLD_LIMIT = 15  # 2^15 fp32 values fill the shared memory of a block; larger blocks are folded
-LARGEST_BITS = 16  # picked values are 16-bit
+LARGEST_BITS = 16  # larger ones would be folded too often to be worth it
 
 
 class FjltKernel:
@@ -18,6 +18,7 @@ class FjltKernel:
     Args:
         negative: ``(blocks * 2^m,)`` bool on the GPU, True where the random sign is -1.
         picked: ``(blocks, k)`` integers in ``[0, 2^m)``: which transformed value of a block each output takes.
+        picked_negative: ``(blocks, k)`` bool, True where it is taken with a minus.
         p: Input dimension.
         scale: Factor on every output, ``1 / sqrt(k)`` for the transform with entries +-1.
 
@@ -25,7 +26,7 @@ class FjltKernel:
         UsageError: Blocks are larger than 65,536.
     """
 
-    def __init__(self, negative: Tensor, picked: Tensor, p: int, scale: float, *, rows: int | None = None) -> None:
+    def __init__(self, negative: Tensor, picked: Tensor, picked_negative: Tensor, p: int, scale: float) -> None:
         self.blocks, self.k = picked.shape
         size = negative.numel() // self.blocks
         self.bits = size.bit_length() - 1
@@ -36,9 +37,8 @@ class FjltKernel:
             )
         self.p = p
         self.scale = scale
-        self._rows = rows
         self._signs = pack_bits(negative)
-        self._picked = _uint16(picked)
+        self._picked = _with_signs(picked, picked_negative, 16 if self.bits < 16 else 32)
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Projects ``(n, p)`` to ``(n, k)`` of type ``dtype``."""
@@ -50,7 +50,7 @@ class FjltKernel:
         full = self.bits
         bits = min(full, _FOLD_LIMIT)
         tile = max(bits, 12) if full <= _FOLD_LIMIT else bits
-        rows = self._rows or (1 if batch == 1 or bits > 12 else 2)
+        rows = 1 if batch == 1 or bits > 12 else 2
         widths = pass_widths(bits)
         threads = 512 if bits >= 14 else 256
         held = -(-min(self.k, 1 << bits if full == bits else 1 << 15) // threads)
@@ -123,6 +123,11 @@ def pack_bits(flags: Tensor) -> Tensor:
     return torch.cat(words)
 
 
-def _uint16(values: Tensor) -> Tensor:
-    narrow = values.to(torch.int32)
-    return torch.where(narrow >= 1 << 15, narrow - (1 << 16), narrow).to(torch.int16).contiguous()
+def _with_signs(picked: Tensor, negative: Tensor, bits: int) -> Tensor:
+    """Rows with their sign in the highest of ``bits`` bits, the two's complement of a lowest negative number."""
+    lowest = -(1 << (bits - 1))
+    parts = []
+    for rows, minus in zip(picked.split(1 << 12), negative.split(1 << 12), strict=True):
+        values = rows.to(torch.int64) + minus.to(torch.int64) * lowest
+        parts.append(values.to(torch.int16 if bits == 16 else torch.int32))
+    return torch.cat(parts)

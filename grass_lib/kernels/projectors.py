@@ -83,7 +83,7 @@ class KernelFJLT(_Kernel, FJLTProjector):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         padded = torch.nn.functional.pad(self.signs < 0, (0, self.blocks * self.n - self.p))
-        self._run = FjltKernel(padded, self.rows, self.p, 1.0 / math.sqrt(self.k))
+        self._run = FjltKernel(padded, self.rows, self.row_signs < 0, self.p, 1.0 / math.sqrt(self.k))
 
 
 class KernelNormal(_Kernel, NormalProjector):

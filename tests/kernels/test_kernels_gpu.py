@@ -123,7 +123,7 @@ def test_more_than_two_to_the_31_elements(spec: str) -> None:
     x[-1] = _inputs(1, p, torch.float16)[0]
     found = build_projector(spec, p, device="cuda", backend="kernel")(x)
     exact = build_projector(spec, p, device="cuda", dtype=torch.float64, backend="torch")(x[-1:].double())
-    assert _error(found[-1:], exact) < 1e-6
+    assert _error(found[-1:], exact) < 5e-6  # sums of 8 million terms in fp32
     assert not found[:-1].any()
 
 
