@@ -10,7 +10,7 @@ import typer
 app = typer.Typer(help="Measure; prints a table and writes JSON.", no_args_is_help=True)
 
 
-@app.command(help="Time every projection backend on the same inputs, checked against float64 (about 3 minutes on a GPU).")
+@app.command(help="Time every projection backend on the same inputs, checked against float64 (2 to 3 minutes).")
 def projections(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     repeats: Annotated[int, typer.Option(help="timed calls a case, at least 20")] = 20,

@@ -28,7 +28,9 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         for family, least, label in (("fjlt", 10.0, "fast JL"), ("rademacher", 1.0, "dense Rademacher")):
             ms = _ms(result, family, "kernel", shape)
             if ms and package:
-                rows.append(_row(f"{label}, {_text(shape)}, times faster than fast_jl", package / ms, least, "x", False))
+                rows.append(
+                    _row(f"{label}, {_text(shape)}, times faster than fast_jl", package / ms, least, "x", False)
+                )
     sweep = {line["p"]: line["build_and_project_ms"] for line in result.get("grass_sweep", [])}
     if 1_000_000 in sweep and 100_000_000 in sweep:
         growth = sweep[100_000_000] / sweep[1_000_000]

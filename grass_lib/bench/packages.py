@@ -1,4 +1,4 @@
-"""The packages ``sjlt`` and ``fast_jl`` called as they are: no check, no scaling and no synchronisation of ours is timed."""
+"""The packages ``sjlt`` and ``fast_jl`` called as they are: no check, scaling or synchronisation of ours is timed."""
 
 from __future__ import annotations
 

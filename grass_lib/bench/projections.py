@@ -23,7 +23,7 @@ from grass_lib.bench.goals import goals
 from grass_lib.bench.packages import PACKAGES, package_call
 from grass_lib.bench.timing import measure, read_speed
 from grass_lib.errors import GrassError, UsageError
-from grass_lib.projection import Projector, build_projector
+from grass_lib.projection import build_projector
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ def run(device: str = "auto", *, repeats: int = 20, only: str = "") -> dict[str,
     """
     if repeats < 20:
         raise UsageError(f"repeats is {repeats}; a median of at least 20 is reported")
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    place = torch.device(
+        "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    )
     gpu = place.type == "cuda"
     cases = [case for case in (gpu_cases() if gpu else cpu_cases()) if only in ("", case.part)]
     if not cases:
@@ -103,7 +105,7 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The lines as text: ms, GB/s, percent of the roofline, ratios to ``sjlt`` and ``fast_jl``, error."""
-    rows = [("spec", "input", "backend", "ms", "GB/s", "% read", "x sjlt", "x fast_jl", "error")]
+    rows: list[tuple[str, ...]] = [("spec", "input", "backend", "ms", "GB/s", "% read", "x sjlt", "x fast_jl", "error")]
     for line in result["lines"]:
         case = line["case"]
         tag = f"{case['batch']}x{case['p']}"
@@ -233,7 +235,7 @@ def _line(case: Case, inputs: list[Tensor], exact: Tensor | None, repeats: int, 
 
 
 def _once(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """ms of one call by the clock; whatever a first call prepares is already there."""
+    """One call by the clock, ms; whatever a first call prepares is already there."""
     if x.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

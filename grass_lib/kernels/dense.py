@@ -18,8 +18,8 @@ _TENSOR_CORE_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
 class RademacherKernel:
     """A fixed dense sign projection, CUDA C++ on tensor cores; signs are drawn in registers and never stored.
 
-    fp32 input is scaled by powers of two and cut into two half-precision parts of 11 bits; products with +-1 are exact, so
-    the error is that of fp32 sums.
+    fp32 input is scaled by powers of two and cut into two half-precision parts of 11 bits; products with +-1 are
+    exact, so the error is that of fp32 sums.
 
     Args:
         key: The stream's two 32-bit key words.

@@ -3,12 +3,12 @@
 Imported only where Triton is (every CUDA build of PyTorch brings it). Counters and bits follow `grass_lib.rng`.
 """
 
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
-def _philox(c0, c1, k0, k1):  # noqa: D103
+def _philox(c0, c1, k0, k1):
     c0, c1 = tl.broadcast(c0, c1)
     c2 = tl.zeros_like(c0)
     c3 = tl.zeros_like(c0)
@@ -41,10 +41,10 @@ def _add_normal(v, numbers, total):
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
-def normal(
+def normal(  # noqa: D103
     x, row_stride, batch, p, k0, k1, out, k, chunks, chunks_a_split, batch_tiles,
     BP: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip  # noqa: D103
+):  # fmt: skip
     pid = tl.program_id(0)
     output_tile = pid // batch_tiles  # of 128
     rows = ((pid % batch_tiles) * BM + tl.arange(0, BM)).to(tl.int64)

@@ -101,7 +101,7 @@ class FjltKernel:
 
 
 def pass_widths(bits: int) -> tuple[int, int, int, int]:
-    """Splits a transform over ``bits`` index bits into passes of at most 5 bits, wide ones first, 4 where that is enough.
+    """Splits a transform over ``bits`` index bits into passes of at most 5 bits (4 up to 12 bits), wide ones first.
 
     >>> pass_widths(12), pass_widths(13), pass_widths(9)
     ((4, 4, 4, 0), (5, 4, 4, 0), (3, 3, 3, 0))

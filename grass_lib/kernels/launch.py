@@ -17,7 +17,7 @@ def flat_rows(x: Tensor) -> Tensor:
         raise UsageError(f'backend="kernel" needs a tensor on a CUDA GPU, got one on {x.device}; use backend="torch"')
     if x.dtype not in nvrtc.DTYPE_CODES:
         raise UsageError(f'backend="kernel" takes float32, float16 and bfloat16, got {x.dtype}; use backend="torch"')
-    if x.shape[0] > 1 and x.stride(0) < 0 or (x.shape[1] > 1 and x.stride(1) != 1):
+    if (x.shape[0] > 1 and x.stride(0) < 0) or (x.shape[1] > 1 and x.stride(1) != 1):
         return x.contiguous()
     return x
 

@@ -1,7 +1,7 @@
 """Compiles the CUDA C++ beside this module at run time and launches it on PyTorch's current stream.
 
-NVRTC and the driver are reached through ``cuda-bindings``, which every CUDA build of PyTorch since 2.10 brings along: users
-build nothing. A kernel is compiled once per device and set of constants, in about half a second, and kept by its owner.
+NVRTC and the driver are reached through ``cuda-bindings``, a dependency of recent CUDA builds of PyTorch: users build
+nothing. A kernel is compiled once per process, device and set of constants, in about half a second.
 """
 
 import ctypes

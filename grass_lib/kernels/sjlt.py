@@ -143,7 +143,9 @@ class SjltKernel:
         shared = sums + stages * stage
         row_groups = -(-batch // layout.rows)
         slots = nvrtc.processors(self.device) * resident
-        splits, _ = _splits(row_groups * table.passes, table.tiles, slots, layout.rows * layout.tile * tile_width, 8 * batch * self.k)
+        splits, _ = _splits(
+            row_groups * table.passes, table.tiles, slots, layout.rows * layout.tile * tile_width, 8 * batch * self.k
+        )
         tiles_a_split = -(-table.tiles // splits)
         splits = -(-table.tiles // tiles_a_split)
         out = torch.empty(batch, self.k, dtype=dtype, device=x.device)

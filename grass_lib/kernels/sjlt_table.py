@@ -1,8 +1,8 @@
 """The packed table that the SJLT kernel walks: which column goes where, in an order that needs no atomics.
 
 Columns are cut into tiles. Inside a tile the entries (one a nonzero) are dealt to *lane groups* so that all entries of
-one destination fall to one group, and so that group ``g`` of a warp only gets destinations with ``d % lanes == g``, which
-lie in its own memory banks. Every group of a tile is padded to the same even length.
+one destination fall to one group, and so that group ``g`` of a warp only gets destinations with ``d % lanes == g``,
+which lie in its own memory banks. Every group of a tile is padded to the same even length.
 """
 
 from dataclasses import dataclass

@@ -24,9 +24,9 @@ class BlockSJLTProjector(SJLTProjector):
 
     Columns are cut into tiles of 1,024. In a tile a random permutation gives every one of 64 output blocks 16 columns;
     inside its block a column's destination is uniform. So work on a GPU is balanced by construction (compare the block
-    permutations of FlashSketch, arXiv 2602.06071, which permute whole blocks of the input), and two columns of one tile meet
-    less often than in an SJLT: with probability 15/1023 of sharing a block instead of 1/64. Columns of different tiles meet
-    as in an SJLT. An isometry in expectation for every k, because every column has one entry of 1 or -1.
+    permutations of FlashSketch, arXiv 2602.06071, which permute whole blocks of the input), and two columns of one tile
+    meet less often than in an SJLT: with probability 15/1023 of sharing a block instead of 1/64. Columns of different
+    tiles meet as in an SJLT. An isometry in expectation for every k, because every column has one entry of 1 or -1.
 
     Its spec is ``blocksjlt-K``. Nothing chooses it by default.
     """
@@ -43,9 +43,9 @@ class BlockSJLTProjector(SJLTProjector):
 def block_table(stream: Stream, p: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Destinations and signs of a block-permuted SJLT.
 
-    Column j has the counter (j low, 0, j high, 0): word 0 gives the place in its block, the lowest bit of word 1 the sign,
-    words 2 and 3 the 64-bit key that orders the columns of a tile. Places past the last column count as columns, so the last
-    tile is dealt as any other.
+    Column j has the counter (j low, 0, j high, 0): word 0 gives the place in its block, the lowest bit of word 1 the
+    sign, words 2 and 3 the 64-bit key that orders the columns of a tile. Places past the last column count as columns,
+    so the last tile is dealt as any other.
 
     Args:
         stream: The random stream.
@@ -72,4 +72,3 @@ def block_table(stream: Stream, p: int, k: int, device: torch.device) -> tuple[T
         destinations[start:end, 0] = (place * blocks + block)[: end - start]
         signs[start:end, 0] = ((words[:, 1] & 1) * 2 - 1)[: end - start]
     return destinations, signs
-

@@ -53,9 +53,10 @@ def build_projector(
         device: Device of inputs and outputs.
         dtype: Output dtype; float64 also accumulates in float64, all others in float32.
         backend: "torch" and "kernel" are this library's own code: plain PyTorch anywhere, and GPU kernels with the same
-            numbers to rounding. "auto" takes the kernel for each stage where it can work (a CUDA GPU, a type up to float32,
-            ``cuda-bindings`` and for normal ``triton``), else "torch"; ``backend`` of the projector says which. "sjlt" (the package, for sjlt stages) and "fast_jl"
-            (for rademacher, with its own matrix) need a GPU and ``make cuda``.
+            numbers to rounding. "auto" takes the kernel for each stage where it can work (a CUDA GPU, a type up to
+            float32, ``cuda-bindings``, for normal ``triton``), else "torch"; the projector's ``backend`` says which.
+            "sjlt" (the package, for sjlt stages) and "fast_jl" (for rademacher, with its own matrix) need a GPU and
+            ``make cuda``.
         checkpoint: Index of the checkpoint in an ensemble.
         mask: For selective types: a `Mask` or the path of a mask file.
 
@@ -101,7 +102,7 @@ def build_projector(
     if recipe.backend not in ("auto", "torch", projector.backend):
         raise UsageError(
             f"backend={backend!r} has nothing to do in '{parsed}': sjlt serves sjlt and grass stages, fast_jl serves "
-            "rademacher; use backend='torch'"
+            "rademacher, kernel all but identity; use backend='torch'"
         )
     return projector
 

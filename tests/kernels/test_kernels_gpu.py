@@ -66,7 +66,9 @@ def test_kernel_equals_reference(batch: int, p: int, spec: str, dtype: torch.dty
     assert _error(half, exact) < 5e-3
 
 
-@pytest.mark.parametrize("spec", ["sjlt-300", "fjlt-300", "rademacher-300", "normal-300", "random_mask-300", "grass-300"])
+@pytest.mark.parametrize(
+    "spec", ["sjlt-300", "fjlt-300", "rademacher-300", "normal-300", "random_mask-300", "grass-300"]
+)
 def test_strides_sides_and_leading_dimensions(spec: str) -> None:
     wide = _inputs(6, 5_011, torch.float32)
     kernel = build_projector(spec, 5_000, device="cuda", backend="kernel")
@@ -82,14 +84,18 @@ def test_strides_sides_and_leading_dimensions(spec: str) -> None:
         assert _error(kernel(x[:batch]), exact(x[:batch].double())) < 1e-6
 
 
-@pytest.mark.parametrize("spec", ["sjlt-300", "fjlt-300", "rademacher-300", "normal-300", "random_mask-300", "grass-300"])
+@pytest.mark.parametrize(
+    "spec", ["sjlt-300", "fjlt-300", "rademacher-300", "normal-300", "random_mask-300", "grass-300"]
+)
 def test_numbers_of_cpu_and_gpu_agree(spec: str) -> None:
     x = _inputs(3, 2_000, torch.float32)
     on_cpu = build_projector(spec, 2_000, seed=1, dtype=torch.float64)(x.cpu().double())
     assert _error(build_projector(spec, 2_000, seed=1, device="cuda", backend="kernel")(x).cpu(), on_cpu) < 1e-6
 
 
-@pytest.mark.parametrize("spec", ["sjlt-300", "fjlt-300", "rademacher-300", "normal-300", "random_mask-300", "grass-300"])
+@pytest.mark.parametrize(
+    "spec", ["sjlt-300", "fjlt-300", "rademacher-300", "normal-300", "random_mask-300", "grass-300"]
+)
 def test_cuda_graph(spec: str) -> None:
     x = _inputs(16, 5_000, torch.float32)
     kernel = build_projector(spec, 5_000, device="cuda", backend="kernel")

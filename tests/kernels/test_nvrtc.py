@@ -19,7 +19,7 @@ def _compiler() -> bool:
         nvrtc.compile_source("read.cu", {"IN": 0, "OUT": 0}, "sm_80")
     except GrassError:
         raise
-    except Exception:  # the compiler's library is missing, in whatever way the bindings say so
+    except (RuntimeError, ImportError, OSError):  # the compiler's library is missing
         return False
     return True
 
