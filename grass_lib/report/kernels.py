@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import RecordError
-from grass_lib.report.figures import save_figure
+from grass_lib.report.figures import FORMATS, save_figure
 from grass_lib.report.style import METHODS, NEUTRAL, figure_style
 
 if TYPE_CHECKING:
@@ -221,6 +221,30 @@ def device_sentence(result: Mapping[str, Any]) -> str:
     )
 
 
+def write_figures(measured: Path, folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Draws all figures of the page; none where there is no benchmark.
+
+    Args:
+        measured: Folder with the JSON files.
+        folder: Where to write.
+        formats: Suffixes to write.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib.pyplot as plt
+
+    if not (measured / RESULT).is_file():
+        return []
+    result, _ = load(measured)
+    written = []
+    for stem, draw in FIGURES.items():
+        figure = draw(result)
+        written += save_figure(figure, stem, folder, formats)
+        plt.close(figure)
+    return written
+
+
 def write_page_parts(measured: Path, target: Path) -> list[Path]:
     """Writes the page's figures and generated Markdown.
 
@@ -231,8 +255,6 @@ def write_page_parts(measured: Path, target: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    import matplotlib.pyplot as plt
-
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     parts = dict.fromkeys(("device", "goals", "times", "quality", *FIGURES), _STUB)
@@ -244,10 +266,8 @@ def write_page_parts(measured: Path, target: Path) -> list[Path]:
             "times": time_table(result),
             "quality": quality_table(quality),
         }
+        written += write_figures(measured, target / "figures", ("svg",))
         for stem, draw in FIGURES.items():
-            figure = draw(result)
-            written += save_figure(figure, stem, target / "figures", ("svg",))
-            plt.close(figure)
             caption = (draw.__doc__ or "").splitlines()[0]
             parts[stem] = f"```{{figure}} /book/_generated/figures/{stem}.svg\n:alt: {caption}\n{caption}\n```\n"
     for name, text in parts.items():
