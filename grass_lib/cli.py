@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from grass_lib.bench.command import app as bench_app
 from grass_lib.cli_output import console_for, near, show_doctor, show_ledger, show_outcome, show_plan
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.runner.execute import INTERRUPTED, Outcome, preflight, run_all
@@ -48,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app, name="bench")
 EXECUTORS = ("local", "slurm")
 TERMINATED = 143
 # What typer raises for words that it cannot make sense of; releases differ in whether they bring their own click along.

@@ -20,6 +20,7 @@ TYPES = (
     "rademacher",
     "sjlt",
     "sjlt_c",
+    "blocksjlt",
     "fjlt",
     "random_mask",
     "selective_mask",

@@ -12,6 +12,7 @@ import torch
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.projection.backends import FastJLProjector, SJLTPackageProjector
 from grass_lib.projection.base import Projector, Recipe
+from grass_lib.projection.blocksjlt import BlockSJLTProjector
 from grass_lib.projection.dense import NormalProjector, RademacherProjector
 from grass_lib.projection.fjlt import FJLTProjector
 from grass_lib.projection.grass import ComposedProjector
@@ -22,8 +23,8 @@ from grass_lib.projection.sjlt import SJLTProjector
 from grass_lib.rng import Stream
 from grass_lib.specs import CompressionSpec, StageSpec
 
-BACKENDS = ("auto", "torch", "sjlt", "fast_jl")
-"""What ``backend=`` takes; "auto" is "torch"."""
+BACKENDS = ("auto", "torch", "kernel", "sjlt", "fast_jl")
+"""What ``backend=`` takes; "auto" is "kernel" for each stage that a GPU kernel can serve here, else "torch"."""
 
 
 def build_projector(
@@ -51,8 +52,11 @@ def build_projector(
         name: What is projected, for example a layer's name; different names have independent operators.
         device: Device of inputs and outputs.
         dtype: Output dtype; float64 also accumulates in float64, all others in float32.
-        backend: "auto" and "torch" are this library's own code. "sjlt" (the package, for sjlt stages) and "fast_jl"
-            (for rademacher, with its own matrix) need a GPU and ``make cuda``.
+        backend: "torch" and "kernel" are this library's own code: plain PyTorch anywhere, and GPU kernels with the same
+            numbers to rounding. "auto" takes the kernel for each stage where it can work (a CUDA GPU, a type up to
+            float32, ``cuda-bindings``, for normal ``triton``), else "torch"; the projector's ``backend`` says which.
+            "sjlt" (the package, for sjlt stages) and "fast_jl" (for rademacher, with its own matrix) need a GPU and
+            ``make cuda``.
         checkpoint: Index of the checkpoint in an ensemble.
         mask: For selective types: a `Mask` or the path of a mask file.
 
@@ -85,7 +89,7 @@ def build_projector(
         inner=second,
         device=_device(device),
         dtype=dtype,
-        backend="torch" if backend == "auto" else backend,
+        backend=backend,
         mask=Mask.load(mask) if isinstance(mask, (str, Path)) else mask,
     )
     if parsed.sparsification.is_identity:
@@ -95,10 +99,10 @@ def build_projector(
     else:
         projector = _pair(recipe, parsed.sparsification, first, first, parsed.projection, second)
     projector.spec = spec if isinstance(spec, StageSpec) else parsed
-    if recipe.backend not in ("torch", projector.backend):
+    if recipe.backend not in ("auto", "torch", projector.backend):
         raise UsageError(
             f"backend={backend!r} has nothing to do in '{parsed}': sjlt serves sjlt and grass stages, fast_jl serves "
-            "rademacher; use backend='torch'"
+            "rademacher, kernel all but identity; use backend='torch'"
         )
     return projector
 
@@ -122,6 +126,7 @@ _FAMILIES: Mapping[str, Callable[[Recipe], Projector]] = MappingProxyType(
         "normal": NormalProjector,
         "rademacher": _rademacher,
         "sjlt": _sjlt,
+        "blocksjlt": BlockSJLTProjector,
         "fjlt": FJLTProjector,
         "random_mask": MaskProjector,
         "selective_mask": MaskProjector,
@@ -133,7 +138,19 @@ _FAMILIES: Mapping[str, Callable[[Recipe], Projector]] = MappingProxyType(
 
 
 def _build(recipe: Recipe) -> Projector:
-    return _FAMILIES[recipe.stage.family](recipe)
+    family = recipe.stage.family
+    if recipe.backend in ("auto", "kernel") and recipe.device.type == "cuda":
+        # Imported here: a CPU has no use for it, and the kernels build on this package.
+        from grass_lib.kernels import projectors
+
+        if family in projectors.KERNEL_FAMILIES:
+            if recipe.backend == "kernel":
+                projectors.require(recipe)
+            if projectors.missing_for_recipe(recipe) is None:
+                return projectors.KERNEL_FAMILIES[family](recipe)
+    elif recipe.backend == "kernel":
+        raise UsageError(f"backend='kernel' needs a CUDA GPU, and the device is {recipe.device}; use backend='torch'")
+    return _FAMILIES[family](recipe)
 
 
 def _pair(
@@ -143,6 +160,12 @@ def _pair(
     between = torch.float64 if recipe.dtype == torch.float64 else torch.float32
     left = _build(replace(recipe, stage=first, stream=stream, inner=inner, dtype=between))
     right = _build(replace(recipe, stage=second, p=left.k, stream=second_stream, inner=second_stream))
+    if recipe.device.type == "cuda":
+        from grass_lib.kernels import projectors
+
+        fused = projectors.fuse(recipe, left, right)
+        if fused is not None:
+            return fused
     return ComposedProjector(recipe, left, right)
 
 

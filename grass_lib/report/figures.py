@@ -278,7 +278,7 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: redraws every figure from the committed records.
+    """Command line: redraws every figure from the committed records and the projection benchmark.
 
     Args:
         arguments: words of the command line; those of the process where None.
@@ -286,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 when a figure was drawn, 1 when there is no record to draw from.
     """
+    from grass_lib.report.kernels import write_figures
     from grass_lib.report.record import load_record
 
     parser = argparse.ArgumentParser(prog="python -m grass_lib.report.figures", description=main.__doc__)
@@ -294,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     paths = sorted(options.measured.glob("*/record.json"))
-    if not paths:
+    drawn = write_figures(options.measured, options.output)
+    for written in drawn:
+        logger.info("%s", written)
+    if not paths and not drawn:
         logger.error(
             "no run record below %s, expected <experiment>-<scale>/record.json; "
             "`grass run mlp_mnist --scale paper` makes one to be copied there",

@@ -53,7 +53,7 @@ def test_factored_specs_are_refused(spec):
         ({"p": 10.0}, "p is 10.0; expected"),
         ({"p": True}, "p is True; expected"),
         ({"dtype": torch.int64}, "dtype is torch.int64; expected"),
-        ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, torch, sjlt, fast_jl"),
+        ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, torch, kernel, sjlt, fast_jl"),
         ({"device": "no_such_device"}, "not usable here"),
         ({"seed": 1.5}, "seed is 1.5; expected an int"),
         ({"name": None}, "name is None; expected a str"),
