@@ -60,7 +60,15 @@ def noise_ceiling(
     values = reliability(spearman(outputs[:, 0], outputs[:, 1]))
     if bool(values.isnan().all()):
         return None
+    mean = float(values.nanmean())
     interval = correlation_interval(
-        outputs[:, 0], outputs[:, 1], reliability, confidence=confidence, n_bootstrap=n_bootstrap, seed=seed
+        outputs[:, 0],
+        outputs[:, 1],
+        reliability,
+        estimate=mean,
+        lowest=0.0,
+        confidence=confidence,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
     )
-    return NoiseCeiling(mean=float(values.nanmean()), interval=interval, n_models=int(paired.sum()))
+    return NoiseCeiling(mean=mean, interval=interval, n_models=int(paired.sum()))

@@ -95,11 +95,19 @@ def lds(
             f"LDS is not defined for any of {undefined} queries: the summed scores, or the bank's outputs, are the "
             "same for all subsets; expected values that vary. Check that the attributor was cached on this training set"
         )
+    mean = float(per_query.nanmean())
     interval = correlation_interval(
-        predicted, actual, lambda rho: rho, confidence=confidence, n_bootstrap=n_bootstrap, seed=seed
+        predicted,
+        actual,
+        lambda rho: rho,
+        estimate=mean,
+        lowest=-1.0,
+        confidence=confidence,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
     )
     return LDSResult(
-        mean=float(per_query.nanmean()),
+        mean=mean,
         interval=interval,
         per_query=per_query,
         noise_ceiling=noise_ceiling(bank, columns, confidence=confidence, n_bootstrap=n_bootstrap, seed=seed),

@@ -136,6 +136,14 @@ def test_both_models_and_queries_are_resampled():
     assert high - low > 0.1
 
 
+def test_interval_is_around_the_estimate_although_replicates_are_lower():
+    bank, scores = additive_bank(noise=1.0, n_models=12, n_query=40)
+    for result in (lds(scores, bank), lds(scores, bank).noise_ceiling):
+        low, high = result.interval
+        assert abs((low + high) / 2 - result.mean) < 0.1 * (high - low)
+        assert high <= 1.0
+
+
 def test_noise_ceiling():
     bank, _ = additive_bank(noise=1.0, n_models=300)
     result = noise_ceiling(bank, torch.arange(bank.n_query))
