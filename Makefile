@@ -8,6 +8,9 @@ ONLY   ?=
 # Extra words for pip, for example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.
 PIP_ARGS ?=
 
+# Threads that wait for work by spinning cost ten times the work where anything else uses the cores.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help setup report run book lab test test-system test-gpu lint figures cuda doctor clean
 

@@ -6,7 +6,14 @@ from importlib import import_module
 
 from grass_lib.experiments.base import Experiment
 
-_SHARED = ("grass_lib.specs", "grass_lib.rng", "grass_lib.projection", "grass_lib.gradients", "grass_lib.attribution")
+_SHARED = (
+    "grass_lib.specs",
+    "grass_lib.rng",
+    "grass_lib.projection",
+    "grass_lib.kernels",
+    "grass_lib.gradients",
+    "grass_lib.attribution",
+)
 
 
 def _mlp_mnist_fingerprint(scale: str) -> str:
