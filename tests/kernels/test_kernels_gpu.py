@@ -148,5 +148,7 @@ def test_auto_takes_the_kernel_and_float64_the_reference() -> None:
     assert build_projector("sjlt-64", 1_000, device="cuda").backend == "kernel"
     assert build_projector("grass-64", 1_000, device="cuda").backend == "kernel"
     assert build_projector("sjlt-64", 1_000, device="cuda", dtype=torch.float64).backend == "torch"
+    assert build_projector("normal-64", 1_000, device="cuda").backend == "torch"
+    assert build_projector("normal-64", 1_000, device="cuda", backend="kernel").backend == "kernel"
     with pytest.raises(UsageError, match="float64"):
         build_projector("sjlt-64", 1_000, device="cuda", dtype=torch.float64, backend="kernel")
