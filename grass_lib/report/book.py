@@ -162,6 +162,7 @@ def assemble(root: str | Path) -> list[Shown]:
     Raises:
         UsageError: the root has no ``_toc.yml``.
     """
+    from grass_lib.report.dampings import damping_table
     from grass_lib.report.generated import pair_sections, verdict_table, write_ledger
     from grass_lib.report.interactive import published_figure_html
     from grass_lib.report.kernels import write_page_parts
@@ -174,7 +175,8 @@ def assemble(root: str | Path) -> list[Shown]:
         raise UsageError(f"no _toc.yml in {root.name}/, expected the root of the repository; run from there")
     executed, generated = _fresh(root / "book" / "executed"), _fresh(root / "book" / "_generated")
     shown = _write_pages(root, executed, generated)
-    rows = ledger_rows(verified_records(root, scale="paper"))
+    records = verified_records(root, scale="paper")
+    rows = ledger_rows(records)
     write_ledger(rows, generated)
     _substitutes(rows, generated)
     pages = pages_in_toc(root / "_toc.yml")
@@ -184,6 +186,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "pairs.md").write_text(pair_sections(rows, documents), encoding="utf-8")
     (generated / "verdicts.md").write_text(verdict_table(rows), encoding="utf-8")
     (generated / "headline.md").write_text(_headline(shown, pages, generated / "figures"), encoding="utf-8")
+    (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
     return shown
