@@ -48,9 +48,9 @@ class FeatureAttributor:
     Attributes:
         specs: The compression specs; their strings are the keys of results.
         backends: Whose code projects, by spec.
-        timings: Seconds. ``gradients`` and ``projection`` (by spec, building the operator included) are those of
-            :meth:`cache`; ``query_gradients``, ``query_projection`` and ``scores`` (by spec) those of the last
-            ``attribute``.
+        timings: Seconds. ``gradients``, ``projection`` (by spec, building the operator included) and
+            ``projection_by_checkpoint`` (a list by spec) are those of :meth:`cache`; ``query_gradients``,
+            ``query_projection`` and ``scores`` (by spec) those of the last ``attribute``.
     """
 
     def __init__(
@@ -157,12 +157,21 @@ class FeatureAttributor:
             GrassError: If a gradient is not finite.
         """
         timings, train, values = PassTimings(), [], []
+        before: dict[str, float] = {}
+        by_checkpoint: dict[str, list[float]] = {str(spec): [] for spec in self.specs}
         with self._bar(train_loader, "training gradients", 1) as bar:
             for _, features, found in self._walk(train_loader, bar, timings, self.cache_device):
                 train.append(features)
                 values.append(found)
+                for name, seconds in timings.projection.items():
+                    by_checkpoint[name].append(seconds - before.get(name, 0.0))
+                before = dict(timings.projection)
         self._train, self._train_values = train, values
-        self.timings = {"gradients": timings.gradients, "projection": dict(timings.projection)}
+        self.timings = {
+            "gradients": timings.gradients,
+            "projection": dict(timings.projection),
+            "projection_by_checkpoint": by_checkpoint,
+        }
 
     def _bar(self, loader: Iterable[Batch], description: str, parts: int) -> tqdm:
         """A bar over samples, each counted once per checkpoint and part of the work."""

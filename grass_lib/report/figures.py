@@ -115,6 +115,14 @@ def _ceiling(axes: Axes, noise_ceiling: Mapping[str, Any]) -> None:
     axes.text(0.015, 0.975, words, transform=axes.transAxes, ha="left", va="top", color=NEUTRAL, fontsize=9.5)
 
 
+def _bars(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Lengths below and above each value, as error bars want them."""
+    return [
+        [max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)],
+        [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)],
+    ]
+
+
 def lds_figure(
     source: RunRecord | Iterable[Row],
     *,
@@ -151,14 +159,10 @@ def lds_figure(
                 rows = groups[name]
                 means = [row["lds"]["mean"] for row in rows]
                 bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
-                bars = [
-                    [max(mean - low, 0.0) for mean, (low, _) in zip(means, bounds, strict=True)],
-                    [max(high - mean, 0.0) for mean, (_, high) in zip(means, bounds, strict=True)],
-                ]
                 axes.errorbar(
                     [row["k"] * shift for row in rows],
                     means,
-                    yerr=bars,
+                    yerr=_bars(means, bounds),
                     color=style.colour,
                     marker=style.marker,
                     label=style.label,
@@ -195,7 +199,7 @@ def time_figure(
     convention: str | None = None,
     title: str = "",
 ) -> Figure:
-    """Seconds spent in projection against k, both axes logarithmic, one line per method.
+    """Seconds spent in projection against k, both axes logarithmic, one line per method, bars for the interval.
 
     Args:
         source: a run record or its result rows.
@@ -213,12 +217,20 @@ def time_figure(
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         for name, rows in groups.items():
             style = METHODS[name]
-            axes.plot(
+            seconds = [row["projection_seconds"] for row in rows]
+            bounds = [
+                row.get("projection_seconds_interval") or (value, value)
+                for row, value in zip(rows, seconds, strict=True)
+            ]
+            axes.errorbar(
                 [row["k"] for row in rows],
-                [row["projection_seconds"] for row in rows],
+                seconds,
+                yerr=_bars(seconds, bounds),
                 color=style.colour,
                 marker=style.marker,
                 label=style.label,
+                elinewidth=1.2,
+                capsize=2.5,
             )
         _k_axis(axes, sorted({row["k"] for rows in groups.values() for row in rows}))
         axes.set_yscale("log")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ from grass_lib.report import environment
 from grass_lib.report.files import folder_bytes, json_bytes, write_atomic
 from grass_lib.report.schema import DATA_KINDS, RunRecord, check_row, is_run_id, load_record, parse_record
 from grass_lib.report.scrub import scrub_json
-from grass_lib.report.values import fields_of, plain
+from grass_lib.report.values import fields_of, plain, seconds_fields
 
 __all__ = ["SENTINEL", "Run", "RunRecord", "Sentinel", "load_record", "parse_record"]
 
@@ -193,7 +193,7 @@ class Run:
         noise_ceiling: Any = None,
         damping: float | None = None,
         damping_convention: str | None = "relative",
-        projection_seconds: float | None = None,
+        projection_seconds: float | Sequence[float] | None = None,
         backend: str | None = "torch",
         operator: str | None = None,
         **more: Any,
@@ -209,7 +209,9 @@ class Run:
             noise_ceiling: a `NoiseCeiling` or ``{mean, interval}``; None takes that of ``lds``.
             damping: the chosen damping.
             damping_convention: ``relative`` (times the mean eigenvalue), ``paper``, or None without damping.
-            projection_seconds: seconds spent in projection while caching, summed over checkpoints.
+            projection_seconds: seconds spent in projection while caching, in all or of each checkpoint; a list is
+                summed, and the 95 % interval of its sum (bootstrap over checkpoints) goes to
+                ``projection_seconds_interval``.
             backend: who computed the projection.
             operator: the operator's family, if it is not that of the spec.
             **more: further fields that JSON can hold.
@@ -236,7 +238,7 @@ class Run:
             "noise_ceiling": fields_of(ceiling, ("mean", "interval")),
             "damping": damping,
             "damping_convention": damping_convention if damping is not None else None,
-            "projection_seconds": projection_seconds,
+            **seconds_fields(projection_seconds),
             "backend": backend,
             "operator": operator or last.family,
         }

@@ -131,6 +131,8 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
         seconds, k = float(row["projection_seconds"]), row.get("k")
         ratio = seconds / base[k] if k in base else None
         record = {**_method_columns(row), "Projection (s)": seconds}
+        if any(other.get("projection_seconds_interval") for other in rows):
+            record["95 % interval"] = interval_text(row.get("projection_seconds_interval"))
         records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
     return with_formats(
         pd.DataFrame(records), {"Projection (s)": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,23 @@ def fields_of(value: Any, names: tuple[str, ...]) -> Any:
     if value is None or isinstance(value, Mapping):
         return value
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def seconds_fields(seconds: float | Sequence[float] | None) -> dict[str, Any]:
+    """Seconds in all and, for a list, the 95 % interval of its sum by bootstrap.
+
+    Args:
+        seconds: seconds in all, or of each repetition.
+
+    Returns:
+        ``projection_seconds`` and, for two repetitions or more, ``projection_seconds_interval``.
+    """
+    if seconds is None or isinstance(seconds, int | float):
+        return {"projection_seconds": seconds}
+    parts = [float(part) for part in seconds]
+    total: dict[str, Any] = {"projection_seconds": math.fsum(parts)}
+    if len(parts) < 2:
+        return total
+    generator = random.Random(0)
+    sums = sorted(math.fsum(generator.choices(parts, k=len(parts))) for _ in range(1000))
+    return {**total, "projection_seconds_interval": [sums[25], sums[974]]}

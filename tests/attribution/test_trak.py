@@ -240,6 +240,10 @@ def test_timings_name_every_spec():
     trak.cache(train)
     assert trak.timings["gradients"] > 0
     assert set(trak.timings["projection"]) == {"sjlt-8", "normal-4"}
+    for name, parts in trak.timings["projection_by_checkpoint"].items():
+        assert len(parts) == trak.n_checkpoints
+        assert all(part > 0 for part in parts)
+        assert sum(parts) == pytest.approx(trak.timings["projection"][name])
     trak.attribute(query, damping=[0.1, 1.0])
     assert set(trak.timings["scores"]) == set(trak.timings["query_projection"]) == {"sjlt-8", "normal-4"}
     assert all(seconds > 0 for seconds in trak.timings["scores"].values())

@@ -15,6 +15,7 @@ from grass_lib.report import record as record_module
 from grass_lib.report.files import write_atomic
 from grass_lib.report.record import Run, load_record, parse_record
 from grass_lib.report.scrub import has_absolute_path, scrub_json, scrub_text
+from grass_lib.report.values import seconds_fields
 
 
 @pytest.fixture
@@ -328,3 +329,15 @@ def test_on_a_gpu_the_record_names_it_and_the_peak_of_every_phase(project, monke
     assert record.phase_peak_bytes == {"train": 500, "attribute": 300}
     assert record.peak_bytes == 700
     assert (record.device["type"], record.device["name"], record.device["cuda"]) == ("cuda", "a GPU", "13.0")
+
+
+def test_seconds_of_each_checkpoint_are_summed_with_an_interval():
+    fields = seconds_fields([1.0, 2.0, 3.0])
+    low, high = fields["projection_seconds_interval"]
+    assert fields["projection_seconds"] == 6.0
+    assert 3.0 <= low < 6.0 < high <= 9.0
+    assert seconds_fields([1.0, 2.0, 3.0]) == fields
+    assert seconds_fields([2.5]) == {"projection_seconds": 2.5}
+    assert seconds_fields(1.5) == {"projection_seconds": 1.5}
+    assert seconds_fields(None) == {"projection_seconds": None}
+    assert seconds_fields([2.0] * 4)["projection_seconds_interval"] == [8.0, 8.0]
