@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grass_lib.errors import UsageError
+from grass_lib.errors import SpecError, UsageError
 from grass_lib.evaluation.plan import BankPlan
 from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
 from grass_lib.experiments.data.mnist import SIZES, Digits, check_scale, data_fingerprint, data_problems, load_mnist
 from grass_lib.experiments.mlp_trainer import GroupTrainer, Target, bank_fingerprint
-from grass_lib.experiments.models.mlp import MLP
+from grass_lib.experiments.models.mlp import MLP, PARAMETERS
 from grass_lib.experiments.training import Recipe
+from grass_lib.specs import CompressionSpec, parse_specs
 
 RELATIVE_DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PAPER_DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -77,6 +78,39 @@ class Protocol:
             for family in families
             for k in (ks or own)
         )
+
+    def damping_grid(self, convention: str) -> tuple[float, ...]:
+        """The damping values to choose from.
+
+        Args:
+            convention: ``relative`` or ``paper``; see `TRAK`.
+
+        Raises:
+            UsageError: There is no such convention.
+        """
+        grids = {"relative": self.dampings, "paper": self.paper_dampings}
+        if convention not in grids:
+            raise UsageError(f"convention is {convention!r}; expected one of {', '.join(grids)}")
+        return grids[convention]
+
+    def compressions(self, specs: str = "") -> list[CompressionSpec]:
+        """The compressions to compare, checked against the model, so that a wrong one fails before any training.
+
+        Args:
+            specs: Specs with commas between them; empty for the scale's own.
+
+        Raises:
+            SpecError: A spec cannot be parsed, is layer-wise, or needs more coordinates than the model has.
+        """
+        parsed = parse_specs(specs or self.specs())
+        for spec in parsed:
+            if spec.is_factored:
+                raise SpecError(
+                    f"{spec} is for layers, and this experiment compresses whole gradients; use a flat spec"
+                )
+            first = spec.projection if spec.sparsification.is_identity else spec.sparsification
+            first.check_input(PARAMETERS)
+        return parsed
 
 
 def protocol(scale: str, *, n_lds: int = 0, n_trak: int = 0, target: Target = "loss") -> Protocol:

@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional
 
-from grass_lib.errors import BankError, UsageError
+from grass_lib.errors import BankError, SpecError, UsageError
 from grass_lib.evaluation import RetrainingBank, lds
 from grass_lib.experiments import EXPERIMENTS, mlp_mnist
 from grass_lib.experiments.data.mnist import Digits
@@ -184,3 +184,20 @@ def test_embedded_models_are_good(tmp_path):
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     accuracy = (stacked_logits(stacked, x).argmax(dim=2) == torch.from_numpy(labels[2100:])).float().mean(dim=1)
     assert accuracy.min() > 0.87
+
+
+def test_compressions_and_convention_are_checked_before_any_training():
+    chosen = mlp_mnist.protocol("embedded")
+    assert [str(spec) for spec in chosen.compressions()] == list(chosen.specs())
+    assert [str(spec) for spec in chosen.compressions("sjlt-8,random_mask-64->sjlt-8")] == [
+        "sjlt-8",
+        "random_mask-64->sjlt-8",
+    ]
+    with pytest.raises(SpecError, match="109386"):
+        chosen.compressions("random_mask-999999")
+    with pytest.raises(SpecError, match="whole gradients"):
+        chosen.compressions("random_mask-8*8->sjlt-8")
+    assert chosen.damping_grid("relative") == chosen.dampings
+    assert 5e-3 in chosen.damping_grid("paper")
+    with pytest.raises(UsageError, match="relative, paper"):
+        chosen.damping_grid("absolute")

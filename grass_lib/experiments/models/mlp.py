@@ -15,6 +15,8 @@ from torch.nn import functional
 from grass_lib.rng import Stream
 
 SIZES = (784, 128, 64, 10)
+PARAMETERS = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(SIZES))
+"""Weights and biases."""
 HIDDEN = sum(SIZES[1:-1])
 """Hidden units of one sample, each of which dropout may drop."""
 
