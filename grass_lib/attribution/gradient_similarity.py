@@ -1,5 +1,6 @@
 """Baselines without a Gram matrix: inner products and cosines of compressed gradients."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
@@ -13,7 +14,7 @@ from grass_lib.gradients.state import Checkpoint
 from grass_lib.gradients.stream import PassTimings, clock
 
 
-class _Similarity(FeatureAttributor):
+class _Similarity(FeatureAttributor, ABC):
     """A similarity of training and query features, summed over checkpoints."""
 
     def attribute(self, query_loader: Iterable[Batch]) -> Tensor | dict[str, Tensor]:
@@ -49,8 +50,9 @@ class _Similarity(FeatureAttributor):
     def _prepared(self, features: Tensor) -> Tensor:
         return features.float() if features.dtype == torch.bfloat16 else features
 
+    @abstractmethod
     def _checkpoint_weight(self, checkpoint: int) -> float:
-        raise NotImplementedError
+        """The factor of a checkpoint in the sum."""
 
 
 class TracIn(_Similarity):
