@@ -165,8 +165,8 @@ class StageSpec:
         nearest = str(StageSpec(self.family, (largest,), self.param)) if largest else f"sjlt-{self.k}"
         raise _error(
             str(self),
-            f"it needs {needed} input coordinates or more, and there are {p} (only sjlt, normal and rademacher may "
-            "have more outputs than inputs)",
+            f"it needs {needed} input coordinates or more, and there are {p} (only sjlt, blocksjlt, normal and "
+            "rademacher may have more outputs than inputs)",
             nearest,
         )
 

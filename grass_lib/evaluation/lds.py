@@ -165,7 +165,7 @@ def query_columns(queries: Queries, n_query: int) -> Tensor:
         int64 ``(n_chosen,)``.
 
     Raises:
-        UsageError: The choice is empty, out of range or of another type.
+        UsageError: The choice is empty, out of range, of another type, or names a query twice.
     """
     if queries is None or isinstance(queries, slice):
         chosen = torch.arange(n_query)[queries if queries is not None else slice(None)]
@@ -178,6 +178,8 @@ def query_columns(queries: Queries, n_query: int) -> Tensor:
             f"queries choose {tuple(chosen.shape)} values of type {chosen.dtype}; expected at least one index below "
             f"{n_query}, a slice, or a bool mask of that length"
         )
+    if len(chosen.unique()) != len(chosen):
+        raise UsageError("queries name a query more than once; expected each index once")
     low, high = int(chosen.min()), int(chosen.max())
     if low < 0 or high >= n_query:
         raise UsageError(f"queries reach from {low} to {high}; expected indices from 0 to {n_query - 1} as in the bank")

@@ -24,7 +24,7 @@ from grass_lib.rng import Stream
 from grass_lib.specs import CompressionSpec, StageSpec
 
 BACKENDS = ("auto", "torch", "kernel", "sjlt", "fast_jl")
-"""What ``backend=`` takes; "auto" is "kernel" for each stage where a GPU kernel works and pays, else "torch"."""
+"""What ``backend=`` takes; "auto" is "kernel" for each stage that a GPU kernel can serve here, else "torch"."""
 
 
 def build_projector(
@@ -53,8 +53,8 @@ def build_projector(
         device: Device of inputs and outputs.
         dtype: Output dtype; float64 also accumulates in float64, all others in float32.
         backend: "torch" and "kernel" are this library's own code: plain PyTorch anywhere, and GPU kernels with the same
-            numbers to rounding. "auto" takes the kernel for each stage where it works and pays (a CUDA GPU, a type up
-            to float32, ``cuda-bindings``; not for normal), else "torch"; the projector's ``backend`` says which.
+            numbers to rounding. "auto" takes the kernel for each stage where it can work (a CUDA GPU, a type up to
+            float32, ``cuda-bindings``, for normal ``triton``), else "torch"; the projector's ``backend`` says which.
             "sjlt" (the package, for sjlt stages) and "fast_jl" (for rademacher, with its own matrix) need a GPU and
             ``make cuda``.
         checkpoint: Index of the checkpoint in an ensemble.
@@ -137,18 +137,13 @@ _FAMILIES: Mapping[str, Callable[[Recipe], Projector]] = MappingProxyType(
 )
 
 
-# Measured on an H200: the kernel draws the entries anew for every block of rows, which costs more than PyTorch's way of
-# drawing a tile once for all rows as soon as there are many.
-_SLOWER_KERNELS = ("normal",)
-
-
 def _build(recipe: Recipe) -> Projector:
     family = recipe.stage.family
     if recipe.backend in ("auto", "kernel") and recipe.device.type == "cuda":
         # Imported here: a CPU has no use for it, and the kernels build on this package.
         from grass_lib.kernels import projectors
 
-        if family in projectors.KERNEL_FAMILIES and (recipe.backend == "kernel" or family not in _SLOWER_KERNELS):
+        if family in projectors.KERNEL_FAMILIES:
             if recipe.backend == "kernel":
                 projectors.require(recipe)
             if projectors.missing_for_recipe(recipe) is None:

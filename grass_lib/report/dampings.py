@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from grass_lib.report.ledger import like_for_like
 from grass_lib.report.published import published_rows
 from grass_lib.report.schema import RunRecord
 from grass_lib.report.style import experiment_title
@@ -42,7 +43,8 @@ def _lines(experiment: str, found: Mapping[tuple[str, str, str], Row]) -> list[R
         spec = row["projection"]
         if row["sparsification"] != "identity":
             spec = f"{row['sparsification']}->{row['projection']}"
-        if (experiment, spec, "paper") in found:
+        # Published fjlt was an unscaled dense Rademacher projection: its damping is in other units than any of ours.
+        if like_for_like(row["projection"]) == row["projection"] and (experiment, spec, "paper") in found:
             lines.append({**row, "spec": spec})
     return lines
 

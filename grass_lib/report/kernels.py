@@ -147,7 +147,7 @@ def quality_against_speed(result: Mapping[str, Any]) -> Figure:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("time, ms")
-        axes.set_ylabel("error of an inner product, 1/√k")
+        axes.set_ylabel("error of an inner product\n(theory, 1/√k)")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return figure
 
@@ -178,6 +178,20 @@ def goal_table(result: Mapping[str, Any]) -> str:
             f"| {goal['goal']} | {sign} {goal['limit']:g} {goal['unit']} | {goal['measured']:.3g} | {verdict} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def grass_sentence(result: Mapping[str, Any]) -> str:
+    """What building and projecting take apart, by p, as Markdown."""
+    sweep = result.get("grass_sweep", [])
+    if not sweep:
+        return ""
+    parts = [f"{1000 * line['project_ms']:.1f} µs at p = {line['p']:,}" for line in sweep]
+    whole = [f"{line['build_and_project_ms']:.2f} ms" for line in sweep]
+    return (
+        f"GraSS takes {', '.join(whole)} with its indices drawn and its table built, which hardly depends on p. "
+        f"Once built, projecting {sweep[0]['batch']} vectors takes {', '.join(parts)}: the kept coordinates lie "
+        "farther apart in memory.\n"
+    )
 
 
 def time_table(result: Mapping[str, Any]) -> str:
@@ -257,12 +271,13 @@ def write_page_parts(measured: Path, target: Path) -> list[Path]:
     """
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    parts = dict.fromkeys(("device", "goals", "times", "quality", *FIGURES), _STUB)
+    parts = dict.fromkeys(("device", "goals", "grass", "times", "quality", *FIGURES), _STUB)
     if (measured / RESULT).is_file():
         result, quality = load(measured)
         parts |= {
             "device": device_sentence(result),
             "goals": goal_table(result),
+            "grass": grass_sentence(result),
             "times": time_table(result),
             "quality": quality_table(quality),
         }

@@ -13,6 +13,8 @@ from grass_lib.report.schema import RunRecord
 
 #: Largest difference of two LDS values that still counts as the same, whatever the interval.
 TOLERANCE = 0.02
+#: Parameters of notebooks whose default, 0, stands for the paper's own number.
+PROTOCOL_PARAMETERS = ("n_lds_models", "n_trak_models")
 METRICS = ("lds", "projection_seconds")
 THROUGHPUT = "throughput_percent_faster"
 FIELDS = (
@@ -47,6 +49,12 @@ class Measured:
             return "data"
         return "weights" if self.record.extra.get("weights") == "substitute" else None
 
+    @property
+    def changed(self) -> str:
+        """Parameters that make the run another protocol than the paper's, as ``name=value``."""
+        given = self.record.parameters
+        return ", ".join(f"{name}={given[name]}" for name in PROTOCOL_PARAMETERS if given.get(name))
+
 
 def like_for_like(projection: str) -> str:
     """The projection of ours that computes what the published one did.
@@ -80,7 +88,7 @@ class _Index:
         return found
 
     def find(self, published: Mapping[str, Any], projection: str, metric: str) -> Measured | None:
-        """Ours for a published row: the paper's damping convention before the relative one, within the first record."""
+        """Ours for a published row: of the first record that has one, the paper's damping convention if it has both."""
         key = (published["experiment"], published["attributor"], published["sparsification"], projection)
         having = [item for item in self.rows.get(key, ()) if item.row.get(metric) is not None]
         same = [item for item in having if item.record is having[0].record]
@@ -128,6 +136,8 @@ def _damping_text(published: Mapping[str, Any], item: Measured) -> str:
     if damping is None:
         return ""
     convention = item.row.get("damping_convention")
+    if like_for_like(published["projection"]) != published["projection"]:
+        return f"; damping {damping:g} ({convention})"
     if convention == "paper":
         return f"; damping {damping:g}, published {published['damping']:g}"
     return f"; damping {damping:g} relative to the mean eigenvalue, published {published['damping']:g} absolute"
@@ -145,6 +155,11 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
         detail += ", the paper's images compressed once more"
     if item.substitute:
         return "not comparable", f"substitute {item.substitute}: difference {difference:+.4f} says nothing{detail}"
+    if item.changed:
+        return (
+            "not comparable",
+            f"another protocol than the paper's ({item.changed}): difference {difference:+.4f}{detail}",
+        )
     # Differences of rounded decimals: what equals the allowance on paper must count as equal.
     if abs(difference) <= allowed + 1e-9:
         which = "half the interval" if half > TOLERANCE else "the tolerance"

@@ -194,7 +194,7 @@ class Run:
         damping: float | None = None,
         damping_convention: str | None = "relative",
         projection_seconds: float | Sequence[float] | None = None,
-        backend: str | None = "torch",
+        backend: str | None = None,
         operator: str | None = None,
         **more: Any,
     ) -> dict[str, Any]:
@@ -209,9 +209,9 @@ class Run:
             noise_ceiling: a `NoiseCeiling` or ``{mean, interval}``; None takes that of ``lds``.
             damping: the chosen damping.
             damping_convention: ``relative`` (times the mean eigenvalue), ``paper``, or None without damping.
-            projection_seconds: seconds spent in projection while caching, in all or of each checkpoint; a list is
-                summed, and the 95 % interval of its sum (bootstrap over checkpoints) goes to
-                ``projection_seconds_interval``.
+            projection_seconds: seconds spent in projection while caching, in all or of each checkpoint; a list
+                counts with its median times its length, and the 95 % interval of that (bootstrap over checkpoints) goes
+                to ``projection_seconds_interval``.
             backend: who computed the projection.
             operator: the operator's family, if it is not that of the spec.
             **more: further fields that JSON can hold.

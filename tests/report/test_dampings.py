@@ -27,8 +27,11 @@ def test_both_conventions_stand_beside_the_published_values():
         for line in text.splitlines()
         if "`" in line
     }
-    published = [row for row in published_rows("mlp_mnist") if row["projection"] in {spec for spec, _ in by_spec}]
-    assert len(lines) == len(published) == 12
+    measured = {spec for spec, _ in by_spec}
+    published = [
+        row for row in published_rows("mlp_mnist") if row["projection"] in measured and "fjlt" not in row["projection"]
+    ]
+    assert len(lines) == len(published) == 9
     same = 0
     for row in published:
         absolute, relative = by_spec[row["projection"], "paper"], by_spec[row["projection"], "relative"]
@@ -38,4 +41,4 @@ def test_both_conventions_stand_beside_the_published_values():
         ]  # fmt: skip
         assert lines[f"`{row['projection']}`"] == expected
         same += row["damping"] == absolute["damping"]
-    assert f"{same} of 12 rows" in text
+    assert f"{same} of 9 rows" in text

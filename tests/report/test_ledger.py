@@ -165,6 +165,18 @@ def test_the_papers_damping_convention_is_preferred():
     assert "damping 0.1, published 0.1" in row["reason"]
 
 
+def test_a_run_of_another_protocol_is_not_comparable():
+    exact = result("sjlt-2048", published("sjlt-2048"))
+    small = record(exact)
+    object.__setattr__(small, "parameters", {**small.parameters, "n_lds_models": 3})
+    row = find(ledger_rows([small]), "sjlt-2048")
+    assert row["verdict"] == "not comparable"
+    assert "n_lds_models=3" in row["reason"]
+    same = record(exact)
+    object.__setattr__(same, "parameters", {**same.parameters, "n_lds_models": 0, "n_trak_models": 0})
+    assert find(ledger_rows([same]), "sjlt-2048")["verdict"] == "reproduced"
+
+
 def test_masked_projections_are_rows_of_their_own():
     masked = result("sjlt-2048", 0.9, sparsification="random_mask-32768")
     rows = ledger_rows([record(masked, experiment="resnet9_cifar2")])
