@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from grass_lib.experiments.base import Experiment
 
@@ -22,6 +24,10 @@ def _mlp_mnist_fingerprint(scale: str) -> str:
 
 def _mlp_mnist_check(scale: str) -> list[str]:
     return import_module("grass_lib.experiments.mlp_mnist").check(scale)
+
+
+def _mlp_mnist_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.mlp_mnist").validate(scale, parameters)
 
 
 # The modules of an experiment are imported only when it is asked for something, so that the command line starts
@@ -44,6 +50,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         scales=("embedded", "paper"),
         data_fingerprint=_mlp_mnist_fingerprint,
         check=_mlp_mnist_check,
+        validate=_mlp_mnist_validate,
     ),
 }
 

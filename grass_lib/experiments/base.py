@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grass_lib.errors import UsageError
 
@@ -20,6 +21,7 @@ class Experiment:
             current while their source is unchanged.
         scales: The scales that it has.
         data_fingerprint: ``data_fingerprint(scale)``: a hash of the data, DataError where they are missing.
+        validate: ``validate(scale, parameters)``: UsageError where a parameter of the notebook cannot work.
         check: ``check(scale)``: why it would not work here, one sentence each; empty where it would.
 
     Raises:
@@ -33,6 +35,7 @@ class Experiment:
     scales: tuple[str, ...]
     data_fingerprint: Callable[[str], str]
     check: Callable[[str], list[str]]
+    validate: Callable[[str, Mapping[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "title", "notebook", "modules", "scales"):

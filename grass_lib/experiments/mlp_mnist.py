@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.evaluation.plan import BankPlan
 from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
+from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.mnist import SIZES, Digits, check_scale, data_fingerprint, data_problems, load_mnist
 from grass_lib.experiments.mlp_trainer import GroupTrainer, Target, bank_fingerprint
 from grass_lib.experiments.models.mlp import MLP, PARAMETERS
@@ -26,6 +28,10 @@ from grass_lib.specs import CompressionSpec, parse_specs
 RELATIVE_DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PAPER_DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Absolute values; 0.005 is among those that the published rows were chosen from."""
+
+
+GALLERY_LIMIT = 6
+"""Query digits in the gallery, so that a page shows at most 60 thumbnails."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +271,24 @@ def trak_checkpoints(
     return load_weights(folder)
 
 
+def validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    """Checks the notebook's parameters before anything runs.
+
+    Args:
+        scale: ``embedded`` or ``paper``.
+        parameters: By name, of the right types.
+
+    Raises:
+        UsageError: A value that cannot work.
+    """
+    chosen = protocol(scale, n_lds=parameters["n_lds_models"], n_trak=parameters["n_trak_models"])
+    chosen.compressions(parameters["specs"])
+    chosen.damping_grid(parameters["convention"])
+    if not 0 <= parameters["gallery"] <= GALLERY_LIMIT:
+        raise UsageError(f"gallery is {parameters['gallery']}; expected 0 to {GALLERY_LIMIT} query digits")
+    resolve_device(parameters["device"])
+
+
 def check(scale: str) -> list[str]:
     """Why the experiment would not work here at a scale, one sentence each."""
     problems = data_problems(scale)
@@ -302,4 +326,5 @@ __all__ = [
     "protocol",
     "train_lds_bank",
     "trak_checkpoints",
+    "validate",
 ]

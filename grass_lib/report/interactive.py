@@ -98,7 +98,7 @@ def _ceiling_trace(noise_ceiling: Mapping[str, Any], ks: Sequence[int]) -> dict[
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": "noise ceiling",
+        "name": f"noise ceiling {noise_ceiling['mean']:.2f}",
         "x": [min(ks, default=1), max(ks, default=1)],
         "y": [noise_ceiling["mean"]] * 2,
         "line": {"color": NEUTRAL, "width": 2, "dash": "dot"},

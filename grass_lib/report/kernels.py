@@ -170,12 +170,13 @@ def _shape(line: Line) -> tuple[int, int, int]:
 
 def goal_table(result: Mapping[str, Any]) -> str:
     """The goals and what was measured, as a Markdown table."""
-    rows = ["| goal | limit | measured | |", "| --- | --- | --- | --- |"]
+    rows = ["| goal | limit | measured | verdict |", "| --- | --- | --- | --- |"]
     for goal in result["goals"]:
         sign = "at most" if goal["at_most"] else "at least"
         verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.0%}"
         rows.append(
-            f"| {goal['goal']} | {sign} {goal['limit']:g} {goal['unit']} | {goal['measured']:.3g} | {verdict} |"
+            f"| {goal['goal']} | {sign} {goal['limit']:g} {goal['unit']} "
+            f"| {goal['measured']:.3g} {goal['unit']} | {verdict} |"
         )
     return "\n".join(rows) + "\n"
 

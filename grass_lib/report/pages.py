@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +138,12 @@ def provenance(record: RunRecord, page: Page, changed: Sequence[str] = ()) -> st
     if changed:
         values = ", ".join(f"`{name} = {record.parameters.get(name)!r}`" for name in changed)
         lines.append(f"Parameters that were changed for this run: {values}.")
+    again = "".join(f" -p {shlex.quote(f'{name}={record.parameters.get(name)}')}" for name in changed)
     lines += [
         "",
         f"Get the {{download}}`run record <../_generated/records/{page.stem}.json>` or the "
         f"{{download}}`executed notebook <../_generated/notebooks/{page.stem}.ipynb>`, "
-        f"or make the run again: `{page.command}`.",
+        f"or make the run again: `{page.command}{again}`.",
         ":::",
     ]
     return "\n".join(lines)

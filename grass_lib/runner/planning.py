@@ -240,6 +240,9 @@ def _plan_one(
     check_specs(values)
     if isinstance(values.get("seed"), int) and values["seed"] < 0:
         raise UsageError(f"parameter 'seed' is {values['seed']}, expected a whole number >= 0")
+    validate = getattr(experiment, "validate", None)
+    if validate is not None:
+        validate(scale, values)
     run_id = f"{name}-{scale}-{parameter_hash(values)}"
     problems, fingerprint = _problems(experiment, scale)
     planned = PlannedRun(

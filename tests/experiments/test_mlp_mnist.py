@@ -201,3 +201,20 @@ def test_compressions_and_convention_are_checked_before_any_training():
     assert 5e-3 in chosen.damping_grid("paper")
     with pytest.raises(UsageError, match="relative, paper"):
         chosen.damping_grid("absolute")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("convention", "x", "relative, paper"),
+        ("gallery", 9, "0 to 6"),
+        ("n_lds_models", -2, "n_lds"),
+        ("device", "tpu", "device"),
+        ("specs", "sjlt", "sjlt"),
+    ],
+)
+def test_parameters_that_cannot_work_fail_before_anything_runs(name, value, message):
+    good = {"specs": "", "convention": "relative", "gallery": 6, "device": "cpu", "n_lds_models": 0, "n_trak_models": 0}
+    mlp_mnist.validate("embedded", good)
+    with pytest.raises(UsageError, match=message):
+        EXPERIMENTS["mlp_mnist"].validate("embedded", {**good, name: value})
