@@ -130,12 +130,12 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
     for row in rows:
         seconds, k = float(row["projection_seconds"]), row.get("k")
         ratio = seconds / base[k] if k in base else None
-        record = {**_method_columns(row), "Projection (s)": seconds}
+        record = {**_method_columns(row), "Seconds": seconds}
         if any(other.get("projection_seconds_interval") for other in rows):
-            record["95 % interval"] = interval_text(row.get("projection_seconds_interval"))
+            record["95 % interval"] = interval_text(row.get("projection_seconds_interval"), 2)
         records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
     return with_formats(
-        pd.DataFrame(records), {"Projection (s)": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"}
+        pd.DataFrame(records), {"Seconds": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"}
     )
 
 
