@@ -132,7 +132,8 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
         ratio = seconds / base[k] if k in base else None
         record = {**_method_columns(row), "Seconds": seconds}
         if any(other.get("projection_seconds_interval") for other in rows):
-            record["95 % interval"] = interval_text(row.get("projection_seconds_interval"), 2)
+            bounds = row.get("projection_seconds_interval")
+            record["95 % interval"] = f"{bounds[0]:.2g} to {bounds[1]:.2g}" if bounds else ""
         records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
     return with_formats(
         pd.DataFrame(records), {"Seconds": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"}
