@@ -135,9 +135,7 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
             bounds = row.get("projection_seconds_interval")
             record["95 % interval"] = f"{bounds[0]:.2g} to {bounds[1]:.2g}" if bounds else ""
         records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
-    return with_formats(
-        pd.DataFrame(records), {"Seconds": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"}
-    )
+    return with_formats(pd.DataFrame(records), {"Seconds": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"})
 
 
 def with_formats(frame: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:
