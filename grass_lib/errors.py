@@ -27,3 +27,7 @@ class BankError(GrassError):
 
 class RecordError(GrassError):
     """A run record that does not follow its schema."""
+
+
+class StoreError(GrassError):
+    """A gradient store that is damaged, incomplete, of another fingerprint, or cannot be written."""
