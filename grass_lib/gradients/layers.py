@@ -1,0 +1,133 @@
+"""Which layers of a model are captured, and what their gradients look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from grass_lib.errors import UsageError
+
+LayerFilter: TypeAlias = Callable[[str, nn.Module], bool]
+LayerChoice: TypeAlias = str | Sequence[str] | LayerFilter
+
+KINDS = ("linear", "conv1d", "conv2d", "embedding", "layernorm", "rmsnorm")
+"""Kinds of layers; ``conv1d`` is the transposed linear layer of GPT-2 in transformers."""
+GROUPS = {"linear": ("linear", "conv1d"), "norm": ("layernorm", "rmsnorm"), "all": KINDS}
+"""Words for several kinds at once."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer whose per-sample gradient is a matrix, output side first.
+
+    Attributes:
+        kind: One of `KINDS`.
+        d_out: Output side: output features or channels; features of a norm.
+        d_in: Input side with the bias as its last column; vocabulary of an embedding; weight and bias of a norm.
+        bias: Whether there is a bias column.
+    """
+
+    kind: str
+    d_out: int
+    d_in: int
+    bias: bool
+
+
+def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = False) -> dict[str, LayerShape]:
+    """The chosen layers by module name, in the order of the model.
+
+    Args:
+        model: The model.
+        layers: A kind of `KINDS`, a word of `GROUPS`, a pattern of module names (``"transformer.h.*.mlp.*"``), a list
+            of these, or ``layers(name, module) -> bool``. A pattern or function that meets a container takes nothing
+            from it.
+        include_head: Whether kinds take the output layer (`output_layer`) too; patterns and functions decide
+            themselves.
+
+    Raises:
+        UsageError: Nothing is chosen, or a layer with weights is chosen that is not supported; it is named.
+    """
+    head = None if include_head else output_layer(model)
+    kinds, patterns, chosen_by = _parse(layers)
+    found: dict[str, LayerShape] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in seen or next(module.parameters(recurse=False), None) is None:
+            continue
+        seen.add(id(module))
+        shape, problem = describe(module)
+        by_name = chosen_by(name, module) if chosen_by else any(fnmatchcase(name, pattern) for pattern in patterns)
+        by_kind = shape is not None and shape.kind in kinds and name != head
+        if not (by_name or by_kind):
+            continue
+        if shape is None or problem:
+            raise UsageError(
+                f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of layers="
+            )
+        found[name] = shape
+    if not found:
+        raise UsageError(
+            f"layers={layers!r} chooses no layer of the {type(model).__name__}; expected one of "
+            f"{', '.join((*KINDS, *GROUPS))}, a pattern of module names, a list of these or a function"
+        )
+    return found
+
+
+def output_layer(model: nn.Module) -> str | None:
+    """Name of the layer that gives a language model's logits: transformers' output embeddings, or ``lm_head``."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    for name, module in model.named_modules():
+        if (head is not None and module is head) or (head is None and name.rpartition(".")[2] == "lm_head"):
+            return name
+    return None
+
+
+def describe(module: nn.Module) -> tuple[LayerShape | None, str]:
+    """Shape of a layer that has weights of its own, and why it cannot be captured, empty where it can."""
+    if isinstance(module, nn.Linear):
+        bias = module.bias is not None
+        return LayerShape("linear", module.out_features, module.in_features + bias, bias), ""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2:
+        d_in, d_out = module.weight.shape
+        bias = getattr(module, "bias", None) is not None
+        return LayerShape("conv1d", d_out, d_in + bias, bias), ""
+    if isinstance(module, nn.Conv2d):
+        bias = module.bias is not None
+        d_in = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+        problem = f"it has {module.groups} groups, and only 1 is supported" if module.groups != 1 else ""
+        return LayerShape("conv2d", module.out_channels, d_in + bias, bias), problem
+    if isinstance(module, nn.Embedding):
+        odd = [name for name in ("max_norm", "scale_grad_by_freq") if getattr(module, name)]
+        problem = f"its option {odd[0]} makes gradients depend on the batch" if odd else ""
+        return LayerShape("embedding", module.embedding_dim, module.num_embeddings, False), problem
+    if isinstance(module, nn.LayerNorm):
+        problem = "it normalises several dimensions" if len(module.normalized_shape) != 1 else ""
+        bias = module.bias is not None
+        return LayerShape("layernorm", module.normalized_shape[-1], 1 + bias, bias), problem
+    if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
+        problem = "it normalises several dimensions" if module.weight.dim() != 1 else ""
+        return LayerShape("rmsnorm", module.weight.shape[-1], 1, False), problem
+    return None, f"supported are {', '.join(KINDS)}"
+
+
+def _parse(layers: LayerChoice) -> tuple[set[str], list[str], LayerFilter | None]:
+    if not isinstance(layers, str) and callable(layers):
+        return set(), [], layers
+    words: Iterable[str] = [layers] if isinstance(layers, str) else layers
+    kinds: set[str] = set()
+    patterns: list[str] = []
+    for word in words:
+        if not isinstance(word, str):
+            raise UsageError(f"layers has the entry {word!r}; expected kinds or patterns of module names")
+        if word in GROUPS:
+            kinds.update(GROUPS[word])
+        elif word in KINDS:
+            kinds.add(word)
+        else:
+            patterns.append(word)
+    return kinds, patterns, None
