@@ -85,6 +85,74 @@ class Normed(nn.Module):
         return self.head(self.dropout(torch.tanh(self.norm(self.hidden(x)))))
 
 
+class Block(nn.Module):
+    """A feed-forward block of a language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(HIDDEN)
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Text(nn.Module):
+    """Token and position embeddings, blocks, a norm and a head; token 0 is padding."""
+
+    VOCABULARY, LENGTH = 11, 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(self.VOCABULARY, HIDDEN, padding_idx=0)
+        self.position = nn.Embedding(self.LENGTH, HIDDEN)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.dropout = nn.Dropout(0.5)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, self.VOCABULARY)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.position(torch.arange(ids.shape[1], device=ids.device)[None])
+        # Tokens see the mean of what came before them.
+        x = x.cumsum(dim=1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(self.norm(x)))
+
+
+class Image(nn.Module):
+    """Convolutions with stride, dilation and padding; input ``(batch, 2, 9, 8)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, (3, 2), stride=2, padding=(1, 0))
+        self.second = nn.Conv2d(4, 5, 3, padding="same", dilation=(2, 1), bias=False)
+        self.third = nn.Conv2d(5, 4, 2, padding=1, padding_mode="circular")
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(torch.tanh(self.third(x)).mean(dim=(2, 3)))
+
+
+class Transposed(nn.Module):
+    """The transposed linear layer of transformers' GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.hidden = Conv1D(HIDDEN, FEATURES)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(x)))
+
+
 MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "frozen": Frozen,
@@ -94,13 +162,15 @@ MODELS: dict[str, type[nn.Module]] = {
     "named": Named,
     "normed": Normed,
 }
+# Models with layers that only the factored path knows by kind.
+LAYERED: dict[str, type[nn.Module]] = {"text": Text, "image": Image, "conv1d": Transposed}
 
 
 def make_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model with fixed weights (and, where it has them, buffers that are not at their defaults), in training mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = MODELS[name]()
+        model = (MODELS | LAYERED)[name]()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
                 module.running_mean.normal_()
@@ -113,6 +183,10 @@ def make_samples(name: str, n: int, seed: int = 1, dtype: torch.dtype = torch.fl
     labels = torch.randint(0, CLASSES, (n,), generator=generator)
     if name == "tied":
         return torch.randint(0, CLASSES, (n, 4), generator=generator), labels
+    if name == "text":
+        return (torch.randint(1, Text.VOCABULARY, (n, 7), generator=generator),)
+    if name == "image":
+        return torch.randn(n, 2, 9, 8, generator=generator).to(dtype), labels
     x = torch.randn(n, FEATURES, generator=generator).to(dtype)
     if name == "named":
         return x[:, :2], x[:, 2:], labels

@@ -94,7 +94,8 @@ class FactoredGradients:
         first = self.spec.sparsification
         if not (first.is_identity or first.is_factored):
             raise SpecError(
-                f"sparsification {first} is flat; expected a factored one, {first.family}-{first.k}*{first.k}, or identity"
+                f"sparsification {first} is flat; expected a factored one such as {first.family}-{first.k}*{first.k}, "
+                "or identity"
             )
         self.model, self.loss, self.dtype = model, loss, dtype
         self.device = _device_of(model, device)
@@ -113,7 +114,7 @@ class FactoredGradients:
             self._stage2s[name] = self._build_stage2(name, self._captures[name].size, seed, backend)
         if unused:
             raise UsageError(
-                f"masks has entries for {', '.join(sorted(unused)[:4])}, which {self.spec} on these layers does not use; "
+                f"masks has entries for {', '.join(sorted(unused)[:4])}, which {self.spec} does not use here; "
                 "expected 'LAYER/output' and 'LAYER/input' of captured layers with a selective type"
             )
         self.layers: dict[str, LayerShape] = shapes
@@ -228,8 +229,8 @@ class FactoredGradients:
             if not isinstance(values, Tensor) or values.shape != (n,):
                 seen = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise UsageError(
-                    f"loss returned {seen} for {n} samples; expected one value per sample, shape ({n},). Do not average "
-                    "over the batch."
+                    f"loss returned {seen} for {n} samples; expected one value per sample, shape ({n},). Do not "
+                    "average over the batch."
                 )
             if not values.requires_grad:
                 return [None] * len(self._probes), values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -79,7 +79,7 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
 
 def output_layer(model: nn.Module) -> str | None:
     """Name of the layer that gives a language model's logits: transformers' output embeddings, or ``lm_head``."""
-    getter = getattr(model, "get_output_embeddings", None)
+    getter: Any = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     for name, module in model.named_modules():
         if (head is not None and module is head) or (head is None and name.rpartition(".")[2] == "lm_head"):
@@ -87,7 +87,7 @@ def output_layer(model: nn.Module) -> str | None:
     return None
 
 
-def describe(module: nn.Module) -> tuple[LayerShape | None, str]:
+def describe(module: Any) -> tuple[LayerShape | None, str]:
     """Shape of a layer that has weights of its own, and why it cannot be captured, empty where it can."""
     if isinstance(module, nn.Linear):
         bias = module.bias is not None
