@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients import inputs
 from grass_lib.gradients.layers import LayerShape
-from grass_lib.gradients.meter import Meter
+from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.sides import Side
 
 NORMS = ("layernorm", "rmsnorm")
@@ -71,7 +71,7 @@ class LayerCapture:
                 )
             # Position embeddings are looked up once for all samples.
             x, y = x.expand(batch, *x.shape[1:]), y.expand(batch, *y.shape[1:])
-        with torch.no_grad(), _measured(meter):
+        with torch.no_grad(), measured(meter):
             if self.shape.kind in NORMS:
                 kept = (x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm"))
             else:
@@ -157,22 +157,9 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         index, matrix, *kept = ctx.saved_tensors
-        with _measured(ctx.meter):
+        with measured(ctx.meter):
             found = ctx.layer.contract(gradients[0], tuple(kept), index, matrix)
         return (gradients[0], found, None, None, None, None, *(None for _ in kept))
-
-
-class _measured:
-    def __init__(self, meter: Meter | None) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        if self._meter is not None:
-            self._meter.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self._meter is not None:
-            self._meter.stop()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.capture import NORMS, LayerCapture
 from grass_lib.gradients.full import batch_size, batch_to
+from grass_lib.gradients.graph import RecordedStep, shapes_of
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, output_layer
-from grass_lib.gradients.meter import Meter
+from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.sides import Side, build_side
 from grass_lib.gradients.state import evaluating
@@ -47,7 +48,8 @@ class FactoredGradients:
         k: Their sum.
         include_head: Whether the output layer of a language model is among them.
         device: Where gradients are computed.
-        compiled_size: Samples in a batch for which the compiled pass is used; other batches run uncompiled.
+        compiled_size: Samples in a batch for which the compiled pass or the recorded step is used, as many as in the
+            first batch where it is not set; other batches run as they are.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class FactoredGradients:
         masks: LayerMasks | None = None,
         backend: str = "auto",
         compile: bool = False,
+        graph: bool | None = None,
         dtype: torch.dtype = torch.float32,
         timed: bool = True,
     ) -> None:
@@ -81,8 +84,10 @@ class FactoredGradients:
             masks: For selective types: by side, ``{"layer/output": Mask, "layer/input": Mask}``.
             backend: Of stage 2, as in ``build_projector``.
             compile: Runs forward and backward pass through ``torch.compile``.
+            graph: Records the whole step as a CUDA graph at the first batch of `compiled_size` samples and replays it,
+                so that a GPU never waits for Python; None where ``compile`` is on. Ignored on a CPU.
             dtype: Of the results, float32 or float64.
-            timed: Measures the time of stage 1 (not of a compiled pass, whose parts cannot be told apart).
+            timed: Measures the time of stage 1 (not of a compiled or recorded step, whose parts cannot be told apart).
 
         Raises:
             SpecError: The compression is flat in its first stage, or does not fit a layer.
@@ -126,9 +131,11 @@ class FactoredGradients:
         self._modules = modules
         self._probes: dict[str, Tensor] = {}
         self._depth = 0
-        self._meter = Meter(self.device) if timed and not compile else None
-        self._stage2_meter = Meter(self.device)
-        self._total_meter = Meter(self.device)
+        self._graph = self.device.type == "cuda" and (compile if graph is None else graph)
+        self._recorded: tuple[Any, RecordedStep] | None = None
+        self._meter = Meter(self.device) if timed and not (compile or self._graph) else None
+        self._stage2_meter: Meter | None = Meter(self.device)
+        self._total_meter: Meter | None = Meter(self.device)
         self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile else None
         self.compiled_size: int | None = None
 
@@ -153,13 +160,12 @@ class FactoredGradients:
     def timings(self) -> dict[str, float]:
         """Seconds so far: ``gradients`` (forward and backward pass) and ``compression`` (both stages).
 
-        Stage 1 of a compiled pass cannot be told apart; it counts with the gradients.
+        Stage 1 of a compiled pass cannot be told apart; it counts with the gradients. Recorded steps do not count.
         """
-        first = 0.0 if self._meter is None else self._meter.seconds
-        return {
-            "gradients": max(0.0, self._total_meter.seconds - first),
-            "compression": first + self._stage2_meter.seconds,
-        }
+        first, total, second = (
+            0.0 if meter is None else meter.seconds for meter in (self._meter, self._total_meter, self._stage2_meter)
+        )
+        return {"gradients": max(0.0, total - first), "compression": first + second}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -204,26 +210,44 @@ class FactoredGradients:
         """
         samples = batch_to(batch, self.device)
         n = batch_size(samples)
-        with self.attached(), torch.enable_grad():
-            self._total_meter.start()
-            found, values = self._pass(output or self.loss, samples, n)
-            self._total_meter.stop()
-        self._stage2_meter.start()
+        if self.compiled_size is None:
+            self.compiled_size = n
+        regular = n == self.compiled_size and output is None
+        if regular and self._graph and self._recorded is not None and self._recorded[0] == shapes_of(samples):
+            return self._recorded[1](samples)
+        with self.attached():
+            if regular and self._graph and self._recorded is None:
+                with self._unmetered():
+                    step = RecordedStep(lambda inputs: self._step(self.loss, inputs, n), samples)
+                self._recorded = shapes_of(samples), step
+                return step(samples)
+            return self._step(output or self.loss, samples, n)
+
+    def _step(self, output: Output, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
+        with torch.enable_grad(), measured(self._total_meter):
+            found, values = self._pass(output, samples, n)
         gradients: dict[str, Tensor] = {}
-        for (name, second), row in zip(self._stage2s.items(), found, strict=True):
-            rows = torch.zeros(n, self._captures[name].size, device=self.device) if row is None else row
-            gradients[name] = (rows if second is None else second(rows)).to(self.dtype)
-        self._stage2_meter.stop()
+        with measured(self._stage2_meter):
+            for (name, second), row in zip(self._stage2s.items(), found, strict=True):
+                rows = torch.zeros(n, self._captures[name].size, device=self.device) if row is None else row
+                gradients[name] = (rows if second is None else second(rows)).to(self.dtype)
         return gradients, values.detach()
+
+    @contextmanager
+    def _unmetered(self) -> Iterator[None]:
+        meters = self._meter, self._total_meter, self._stage2_meter
+        self._meter = self._total_meter = self._stage2_meter = None
+        try:
+            yield
+        finally:
+            self._meter, self._total_meter, self._stage2_meter = meters
 
     def _pass(self, output: Output, samples: Batch, n: int) -> tuple[list[Tensor | None], Tensor]:
         # Expanded from one number: a probe has a shape and a gradient, but no memory.
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         zero = torch.zeros(1, device=self.device, dtype=wide)
         self._probes = {name: zero.expand(n, capture.size).requires_grad_() for name, capture in self._captures.items()}
-        compiled = self._compiled if n == (self.compiled_size or n) else None
-        if compiled is not None and self.compiled_size is None:
-            self.compiled_size = n
+        compiled = self._compiled if n == self.compiled_size else None
         try:
             values = (compiled or _evaluate)(output, self.model, samples)
             if not isinstance(values, Tensor) or values.shape != (n,):

@@ -56,3 +56,19 @@ class Meter:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
         self._pairs.clear()
+
+
+class measured:
+    """Counts a block with a meter; does nothing where there is none."""
+
+    def __init__(self, meter: Meter | None) -> None:
+        """Takes the meter."""
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        if self._meter is not None:
+            self._meter.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._meter is not None:
+            self._meter.stop()

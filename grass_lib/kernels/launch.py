@@ -22,11 +22,6 @@ def flat_rows(x: Tensor) -> Tensor:
     return x
 
 
-def element_size(x: Tensor) -> int:
-    """Bytes of one element."""
-    return x.element_size()
-
-
 def part_buffer(splits: int, out: Tensor) -> Tensor | None:
     """An ``(splits, n, k)`` fp32 buffer for partial sums, or None where one part is the result itself."""
     if splits == 1:

@@ -82,12 +82,11 @@ class Kernel:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         x, y, z = (*grid, 1, 1)[:3]
         with torch.cuda.device(self._device):
-            _check(
-                driver.cuLaunchKernel(
-                    self._function, x, y, z, threads, 1, 1, shared_bytes, stream, (tuple(arguments), self._types), 0
-                ),
-                f"launching {self.name} with grid {(x, y, z)}, {threads} threads, {shared_bytes} bytes",
+            result = driver.cuLaunchKernel(
+                self._function, x, y, z, threads, 1, 1, shared_bytes, stream, (tuple(arguments), self._types), 0
             )
+        if int(result[0]) != 0:
+            _check(result, f"launching {self.name} with grid {(x, y, z)}, {threads} threads, {shared_bytes} bytes")
 
 
 @lru_cache(maxsize=512)

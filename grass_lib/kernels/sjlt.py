@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grass_lib.kernels import nvrtc
-from grass_lib.kernels.launch import element_size, finish, flat_rows, part_buffer
+from grass_lib.kernels.launch import finish, flat_rows, part_buffer
 from grass_lib.kernels.sjlt_table import Layout, Table, build_table
 
 _SIGNATURE = "PlilPPPiPifiiiiii"
@@ -32,6 +32,19 @@ class Tuning:
     warps: int = _WARPS
     stages: int | None = None
     blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch for one batch size and one pair of types; its tables live as long as the kernel object."""
+
+    kernel: nvrtc.Kernel
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    splits: int
+    tables: tuple[int, ...]
+    sizes: tuple[int | float, ...]
 
 
 class SjltKernel:
@@ -65,6 +78,7 @@ class SjltKernel:
         self._columns = None if columns is None else columns.contiguous()
         self._tuning = tuning or Tuning()
         self._tables: dict[Layout, Table] = {}
+        self._plans: dict[tuple[int, torch.dtype, torch.dtype], _Plan] = {}
 
     def layout(self, batch: int, width: int) -> Layout:
         """The cut for ``batch`` rows of elements of ``width`` bytes: the cheapest by an estimate of the bytes moved."""
@@ -130,7 +144,24 @@ class SjltKernel:
         batch = x.shape[0]
         if batch == 0:
             return torch.empty(0, self.k, dtype=dtype, device=x.device)
-        width = element_size(x)
+        key = (batch, x.dtype, dtype)
+        # Planning costs more than many a launch: one call for each of hundreds of layers is a common use.
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(*key)
+        out = torch.empty(batch, self.k, dtype=dtype, device=x.device)
+        parts = part_buffer(plan.splits, out)
+        result = (out if parts is None else parts).data_ptr()
+        plan.kernel.launch(
+            plan.grid,
+            plan.threads,
+            plan.shared,
+            (x.data_ptr(), x.stride(0), *plan.tables, result, int(parts is None), *plan.sizes),
+        )
+        return finish(parts, out, self.scale)
+
+    def _plan(self, batch: int, dtype: torch.dtype, out_dtype: torch.dtype) -> _Plan:
+        width = dtype.itemsize
         layout = self.layout(batch, width)
         table = self.table(layout)
         gathers = self._columns is not None
@@ -140,7 +171,6 @@ class SjltKernel:
         stage = self._stage_bytes(layout, tile_width, table.longest)
         limit = nvrtc.shared_memory(self.device) - _RESERVED
         stages, resident = self._stages(sums, stage, limit, gathers)
-        shared = sums + stages * stage
         row_groups = -(-batch // layout.rows)
         slots = nvrtc.processors(self.device) * resident
         splits, _ = _splits(
@@ -148,44 +178,26 @@ class SjltKernel:
         )
         tiles_a_split = -(-table.tiles // splits)
         splits = -(-table.tiles // tiles_a_split)
-        out = torch.empty(batch, self.k, dtype=dtype, device=x.device)
-        parts = part_buffer(splits, out)
-        bulk = not gathers and torch.cuda.get_device_capability(x.device)[0] >= 9  # one more warp only copies
+        bulk = not gathers and torch.cuda.get_device_capability(self.device)[0] >= 9  # one more warp only copies
         constants = {
-            "IN": nvrtc.DTYPE_CODES[x.dtype],
-            "OUT": nvrtc.DTYPE_CODES[dtype],
+            "IN": nvrtc.DTYPE_CODES[dtype],
+            "OUT": nvrtc.DTYPE_CODES[out_dtype],
             "R": layout.rows,
             "T": layout.tile,
             "WARPS": layout.warps,
             "STAGES": stages,
             "GATHER": int(gathers),
         }
-        kernel = nvrtc.kernel("sjlt.cu", "sjlt", _SIGNATURE, constants, x.device)
-        kernel.launch(
-            (row_groups * splits, table.passes),
-            layout.warps * 32 + (32 if bulk else 0),
-            shared,
-            (
-                x.data_ptr(),
-                x.stride(0),
-                batch,
-                self.p,
-                0 if self._columns is None else self._columns.data_ptr(),
-                table.entries.data_ptr(),
-                table.offsets.data_ptr(),
-                entry_bytes,
-                (out if parts is None else parts).data_ptr(),
-                int(parts is None),
-                self.scale,
-                self.k,
-                layout.k_pass,
-                layout.copies,
-                table.tiles,
-                tiles_a_split,
-                row_groups,
-            ),
+        columns = 0 if self._columns is None else self._columns.data_ptr()
+        return _Plan(
+            kernel=nvrtc.kernel("sjlt.cu", "sjlt", _SIGNATURE, constants, self.device),
+            grid=(row_groups * splits, table.passes),
+            threads=layout.warps * 32 + (32 if bulk else 0),
+            shared=sums + stages * stage,
+            splits=splits,
+            tables=(batch, self.p, columns, table.entries.data_ptr(), table.offsets.data_ptr(), entry_bytes),
+            sizes=(self.scale, self.k, layout.k_pass, layout.copies, table.tiles, tiles_a_split, row_groups),
         )
-        return finish(parts, out, self.scale)
 
     def _stages(self, sums: int, stage: int, limit: int, gathers: bool) -> tuple[int, int]:
         """Stages, and blocks that a multiprocessor holds at a time."""

@@ -309,3 +309,25 @@ def test_seconds_are_counted():
     factored(batch)
     assert 0 < first["compression"] < factored.timings["compression"]
     assert 0 < first["gradients"] < factored.timings["gradients"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("sparsification", "compile", "graph"),
+    [
+        *((spec, False, spec != "normal-4*3") for spec in STAGE1),
+        ("random_mask-4*3", True, True),
+        ("normal-4*3", True, None),
+    ],
+)
+def test_a_gpu_gives_the_same(sparsification, compile, graph):
+    model, batch, loss = case("text")
+    model, batch = model.cuda(), tuple(part.cuda() for part in batch)
+    factored = FactoredGradients(
+        model, loss, layers="all", sparsification=sparsification, projection="sjlt-5", compile=compile, graph=graph
+    )
+    # The first call compiles and records, the second replays on other tokens.
+    factored(tuple(part.flip(0) for part in batch))
+    found, _ = factored(batch)
+    assert_equal({k: v.cpu() for k, v in found.items()}, expected("text", sparsification, "sjlt-5", factored.layers))

@@ -1,0 +1,189 @@
+"""Tokens per second and memory of one caching step, beside the same frozen model without capture and plain training.
+
+    python -m benchmarks.capture_speed --out capture_speed.json
+
+GPT2-small's shape with random weights. Four kinds of step on the same batches, in one run:
+
+- ``activations``: forward and backward pass to the embeddings' output, all weights frozen, nothing captured;
+- ``caching``: our step: compressed per-sample gradients of the 48 layers, stage 2 included;
+- ``training``: transformers' model with all weight gradients (the floor of systems that form them), not compiled, and
+  compiled.
+
+The loss is the same function in all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_lib.gradients import FactoredGradients, causal_loss
+from grass_lib.gradients.graph import RecordedStep
+
+BLOCK = 512
+SPECS = {
+    "FactGraSS": {"sparsification": "random_mask-128*128", "projection": "sjlt-4096"},
+    "LoGra": {"sparsification": "normal-64*64", "projection": "identity"},
+}
+
+
+def make_model(dtype: torch.dtype, layers: int) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers, use_cache=False)
+    return GPT2LMHeadModel(config).to(device="cuda", dtype=dtype).eval()
+
+
+def make_batch(size: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, 50257, (size, BLOCK), device="cuda")
+    return {"input_ids": ids, "labels": ids}
+
+
+def activations_step(model: Any, compiled: bool, graph: bool) -> Callable[[dict[str, Tensor]], None]:
+    model.requires_grad_(False)
+
+    def values(embedded: Tensor, labels: Tensor) -> Tensor:
+        return causal_loss(model, {"inputs_embeds": embedded, "labels": labels})
+
+    run = torch.compile(values, dynamic=False) if compiled else values
+
+    def plain(batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        embedded = model.transformer.wte(batch["input_ids"]).detach().requires_grad_()
+        found = run(embedded, batch["labels"])
+        gradient = torch.autograd.grad(found.sum(), embedded)[0]
+        # Results of a recorded step are kept: one number of the gradient stands for it.
+        return {"embedded": gradient[:, 0, :1]}, found.detach()
+
+    recorded: list[RecordedStep] = []
+
+    def step(batch: dict[str, Tensor]) -> None:
+        if not graph:
+            plain(batch)
+            return
+        if not recorded:
+            recorded.append(RecordedStep(plain, batch))
+        recorded[0](batch)
+
+    return step
+
+
+def training_step(model: Any, compiled: bool) -> Callable[[dict[str, Tensor]], None]:
+    model.requires_grad_(True)
+    run = torch.compile(causal_loss, dynamic=False) if compiled else causal_loss
+
+    def step(batch: dict[str, Tensor]) -> None:
+        model.zero_grad(set_to_none=True)
+        run(model, batch).sum().backward()
+
+    return step
+
+
+def caching_step(
+    model: Any, compiled: bool, graph: bool, spec: dict[str, str], out: torch.dtype
+) -> Callable[..., None]:
+    factored = FactoredGradients(model, causal_loss, compile=compiled, graph=graph, timed=False, **spec)
+    rows: dict[str, Tensor] = {}
+
+    def step(batch: dict[str, Tensor]) -> None:
+        with factored.attached():
+            gradients, _ = factored(batch)
+        for name, found in gradients.items():
+            if name not in rows:
+                rows[name] = torch.empty_like(found, dtype=out)
+            rows[name].copy_(found)
+
+    return step
+
+
+def measure(step: Callable[..., None], batch: dict[str, Tensor], repeats: int) -> tuple[float, int]:
+    """Median seconds of a step and the peak bytes that PyTorch held for it."""
+    for _ in range(3):
+        step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    reserved = torch.cuda.memory_reserved()
+    seconds = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        step(batch)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1000)
+    # A replayed graph allocates nothing: what it holds is in the reserved memory.
+    return statistics.median(seconds), max(
+        torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), reserved
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("capture_speed.json"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--uncompiled", action="store_true", help="Measure caching without compilation too.")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.dtypes.split(","):
+        dtype = getattr(torch, name)
+        model, batch = make_model(dtype, arguments.layers), make_batch(arguments.batch)
+        variants = [(True, True), (True, False), *([(False, True), (False, False)] if arguments.uncompiled else [])]
+        steps: list[tuple[str, bool, bool, Callable[[], Callable[..., None]]]] = []
+        for compiled, graph in variants:
+            steps.append(("activations", compiled, graph, partial(activations_step, model, compiled, graph)))
+            for label, spec in SPECS.items():
+                build = partial(caching_step, model, compiled, graph, spec, torch.bfloat16)
+                steps.append((label, compiled, graph, build))
+        steps += [("training", compiled, False, partial(training_step, model, compiled)) for compiled in (False, True)]
+        for label, compiled, graph, build in steps:
+            torch._dynamo.reset()
+            seconds, peak = measure(build(), batch, arguments.repeats)
+            model.requires_grad_(False)
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows.append(
+                {
+                    "dtype": name,
+                    "step": label,
+                    "compiled": compiled,
+                    "graph": graph,
+                    "tokens_per_second": arguments.batch * BLOCK / seconds,
+                    "peak_bytes": peak,
+                }
+            )
+            base = next(
+                row for row in rows if (row["dtype"], row["step"], row["compiled"]) == (name, "activations", True)
+            )
+            speed = rows[-1]["tokens_per_second"]
+            how = f"{'compiled' if compiled else 'plain'}{'+graph' if graph else ''}"
+            print(
+                f"{name:9} {label:12} {how:15} {speed:10,.0f} tokens/s {speed / base['tokens_per_second']:.3f}  "
+                f"{peak / 1e9:6.2f} GB {peak / base['peak_bytes']:.3f}",
+                flush=True,
+            )
+        del model
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "batch": arguments.batch,
+        "block": BLOCK,
+    }
+    arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

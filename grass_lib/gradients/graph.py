@@ -1,0 +1,64 @@
+"""A step recorded once as a CUDA graph and replayed: hundreds of short kernels cost one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from grass_lib.gradients.outputs import Batch
+
+Step = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
+
+
+class RecordedStep:
+    """Replays a step on batches of one shape.
+
+    The step must not wait for the device, and must compute everything from its inputs and tensors that stay where they
+    are. Weights may change in place between replays.
+    """
+
+    def __init__(self, step: Step, samples: Batch) -> None:
+        """Runs the step twice to warm it up, then records it.
+
+        Args:
+            step: Gives named rows ``(batch, k)`` and values ``(batch,)``.
+            samples: A batch on the GPU.
+        """
+        self._inputs: Batch
+        if isinstance(samples, Mapping):
+            self._inputs = {name: value.clone() for name, value in samples.items()}
+        else:
+            self._inputs = tuple(value.clone() for value in samples)
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step(self._inputs)
+        current.wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            rows, self._values = step(self._inputs)
+            self._shapes = {name: part.shape for name, part in rows.items()}
+            self._rows = torch.cat([part.flatten() for part in rows.values()])
+
+    def __call__(self, samples: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The step's results for another batch of the same shapes; they are the caller's own."""
+        for own, given in zip(_tensors(self._inputs), _tensors(samples), strict=True):
+            own.copy_(given, non_blocking=True)
+        self._graph.replay()
+        parts = self._rows.clone().split([shape.numel() for shape in self._shapes.values()])
+        rows = {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        return rows, self._values.clone()
+
+
+def _tensors(samples: Batch) -> list[Tensor]:
+    """Tensors of a batch in an order that does not depend on how it was put together."""
+    return [samples[name] for name in sorted(samples)] if isinstance(samples, Mapping) else list(samples)
+
+
+def shapes_of(samples: Batch) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    """What a recorded step is bound to: names, shapes and types of a batch."""
+    names = sorted(samples) if isinstance(samples, Mapping) else [str(place) for place in range(len(samples))]
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in zip(names, _tensors(samples), strict=True))
