@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all: temporary name, flush to the disk, rename, flush of the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the place of ``path`` when the block ends without an exception.
+
+    Args:
+        path: Where to; the folder must exist. An existing file is replaced in one step.
+        temporary: A name in the same folder that nobody else uses.
+
+    Yields:
+        The temporary file, open for writing.
+
+    Raises:
+        OSError: The file system refused; the temporary file is removed, and what was at ``path`` is untouched unless
+            only the last step, the flush of the folder, failed.
+    """
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable; without it a power cut may undo what was reported as finished."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
