@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from grass_lib.errors import GrassError
+
 
 @contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
@@ -21,8 +23,9 @@ def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
         The temporary file, open for writing.
 
     Raises:
-        OSError: The file system refused; the temporary file is removed, and what was at ``path`` is untouched unless
-            only the last step, the flush of the folder, failed.
+        OSError: The file system refused; the temporary file is removed, as it is after a `GrassError` of the block, and
+            what was at ``path`` is untouched unless only the last step, the flush of the folder, failed. Whatever else
+            ends the block leaves the temporary file as a kill would, for the next writer to remove.
     """
     try:
         with temporary.open("wb") as file:
@@ -31,7 +34,7 @@ def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    except (OSError, GrassError):
         temporary.unlink(missing_ok=True)
         raise
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grass_lib.errors import BankError
+from grass_lib.files import replacing
 
 LOCK_FILE = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,18 +78,8 @@ def write_whole(path: Path, content: bytes) -> str:
         # Left over from a run that was killed while it wrote this very file; the lock keeps others out.
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as file:
+            file.write(content)
     except OSError as error:
         full = error.errno in _FULL
         cause = "the disk (or its quota) is full" if full else f"{error.strerror or error}"
@@ -164,12 +154,3 @@ def _read(path: Path) -> bytes:
             f"bank file {path} could not be read: {error.strerror or error}; make it readable, or delete it to train "
             "it again"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; without it a power cut may undo what was reported as finished."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

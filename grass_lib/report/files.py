@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grass_lib.errors import GrassError
+from grass_lib.files import replacing
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -45,15 +46,10 @@ def write_atomic(path: Path, content: bytes) -> str:
         GrassError: the disk is full. The file that was there before is untouched.
         OSError: any other failure of the file system.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise GrassError(disk_full_message(path.parent)) from error
         raise
