@@ -49,6 +49,16 @@ class LayerCapture:
         self._out_matrix = None if out.matrix is None else out.matrix.to(dtype)
         self._into = inputs.InputSide(into, shape, dtype)
 
+    @property
+    def scale(self) -> float:
+        """Factor that the contraction leaves out; whoever uses its result applies it, after stage 2."""
+        return self.out.scale * self.into.scale
+
+    @property
+    def can_defer(self) -> bool:
+        """Whether the contraction may wait until the backward pass is over: both its sides are short."""
+        return self.shape.kind in ("linear", "conv1d") and not (self.out.is_identity or self.into.is_identity)
+
     def apply(self, module: nn.Module, x: Tensor, y: Tensor, probe: Tensor, meter: Meter | None) -> Tensor:
         """Hands ``y`` on, with the probe attached.
 
@@ -71,12 +81,44 @@ class LayerCapture:
                 )
             # Position embeddings are looked up once for all samples.
             x, y = x.expand(batch, *x.shape[1:]), y.expand(batch, *y.shape[1:])
-        with torch.no_grad(), measured(meter):
-            if self.shape.kind in NORMS:
-                kept = (x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm"))
-            else:
-                kept = (self._into(module, x.detach()),)
-        return _Capture.apply(y, probe, self._out_index, self._out_matrix, self, meter, *kept)
+        return _Capture.apply(y, probe, self._out_index, self._out_matrix, self, meter, *self._keep(module, x, meter))
+
+    def tap(self, module: nn.Module, x: Tensor, y: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `apply`, with the contraction left to `join`.
+
+        Args:
+            module: The layer.
+            x: Its input.
+            y: Its output ``(batch, ..., d_out)``.
+            probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
+
+        Returns:
+            ``y``, and the compressed input side ``(batch, ..., k2)``.
+        """
+        (kept,) = self._keep(module, x, None)
+        return _Tap.apply(y, probe, self._out_index, self._out_matrix, self), kept
+
+    def shorten(self, delta: Tensor, index: Tensor | None, matrix: Tensor | None) -> Tensor:
+        """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
+        delta = delta if index is None else delta.index_select(-1, index)
+        return delta if matrix is None else delta @ matrix.to(delta.dtype)
+
+    def join(self, left: Tensor, right: Tensor) -> Tensor:
+        """Contracts both compressed sides over tokens.
+
+        Args:
+            left: Output side ``(batch, ..., k1)``.
+            right: Input side ``(batch, ..., k2)``.
+
+        Returns:
+            ``(batch, size)``, at least float32.
+        """
+        left, right = _tokens(left).mT, _tokens(right)
+        found = _product(left, right)
+        if self._into.appends_bias:
+            # The bias column of the input side is all ones: nothing of it is ever stored.
+            found = torch.cat([found, _wide(left).sum(dim=2, keepdim=True)], dim=2)
+        return found.flatten(1)
 
     def contract(self, delta: Tensor, kept: tuple[Tensor, ...], index: Tensor | None, matrix: Tensor | None) -> Tensor:
         """The gradient of the probe: ``(batch, size)``.
@@ -90,24 +132,17 @@ class LayerCapture:
         if self.shape.kind in NORMS:
             return self._contract_norm(delta, kept, index, matrix)
         if self.shape.kind == "conv2d":
-            rows = delta.flatten(2)
-            rows = rows if index is None else rows.index_select(1, index)
-            left = _wide(rows if matrix is None else matrix.to(rows.dtype).mT @ rows)
-            right = _wide(kept[0]).mT
-        else:
-            rows = delta.flatten(1, -2) if delta.dim() > 2 else delta.unsqueeze(1)
-            rows = rows if index is None else rows.index_select(2, index)
-            left = _wide(rows if matrix is None else rows @ matrix.to(rows.dtype)).mT
-            if self._into.counts_tokens:
-                return self._contract_tokens(left, kept[0].flatten(1))
-            right = _wide(kept[0].flatten(1, -2) if kept[0].dim() > 2 else kept[0].unsqueeze(1))
-        found = left @ right
-        if self._into.scale != 1.0:
-            found = found * self._into.scale
-        if self._into.appends_bias:
-            # The bias column of the input side is all ones: nothing of it is ever stored.
-            found = torch.cat([found, left.sum(dim=2, keepdim=True) * self._into.scale], dim=2)
-        return self._flat(found)
+            delta, kept = delta.flatten(2).mT, (kept[0].mT,)
+        left = self.shorten(delta, index, matrix)
+        if self._into.counts_tokens:
+            return self._contract_tokens(_wide(_tokens(left)).mT, kept[0].flatten(1))
+        return self.join(left, kept[0])
+
+    def _keep(self, module: nn.Module, x: Tensor, meter: Meter | None) -> tuple[Tensor, ...]:
+        with torch.no_grad(), measured(meter):
+            if self.shape.kind in NORMS:
+                return x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm")
+            return (self._into(module, x.detach()),)
 
     def _contract_tokens(self, left: Tensor, ids: Tensor) -> Tensor:
         """Of an embedding whose vocabulary stays whole: ``left (batch, k1, tokens)`` summed by token."""
@@ -116,7 +151,7 @@ class LayerCapture:
         columns = left.mT.flatten(0, 1)
         columns = columns if self._into.padding is None else columns * (ids.flatten() != self._into.padding)[:, None]
         found = left.new_zeros(batch * vocabulary, left.shape[1]).index_add_(0, place.flatten(), columns)
-        return self._flat(found.unflatten(0, (batch, vocabulary)).mT)
+        return found.unflatten(0, (batch, vocabulary)).mT.flatten(1)
 
     def _contract_norm(
         self, delta: Tensor, kept: tuple[Tensor, ...], index: Tensor | None, matrix: Tensor | None
@@ -130,10 +165,7 @@ class LayerCapture:
         columns = torch.stack([part.sum(dim=tokens) if tokens else part for part in parts], dim=2)
         if matrix is not None:
             columns = (columns.mT @ matrix.to(columns.dtype)).mT
-        return self._flat(columns)
-
-    def _flat(self, found: Tensor) -> Tensor:
-        return (found if self.out.scale == 1.0 else found * self.out.scale).flatten(1)
+        return columns.flatten(1)
 
 
 class _Capture(torch.autograd.Function):
@@ -162,6 +194,35 @@ class _Capture(torch.autograd.Function):
         return (gradients[0], found, None, None, None, None, *(None for _ in kept))
 
 
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output whose backward pass gives the probe the output side, compressed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, probe: Tensor, index: Tensor | None, matrix: Tensor | None, layer: LayerCapture
+    ) -> Tensor:
+        ctx.save_for_backward(index, matrix)
+        ctx.layer = layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], ctx.layer.shorten(gradients[0], *ctx.saved_tensors), None, None, None
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """All dimensions between the first and the last as one; a single token where there is none."""
+    return x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Half types as float32, in which contractions are computed and summed."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Batched product with at least float32 sums and results."""
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16):
+        # The products of two half numbers are exact in float32: tensor cores lose nothing.
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return _wide(left) @ _wide(right)

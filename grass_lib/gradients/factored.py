@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from grass_lib.gradients.graph import RecordedStep, shapes_of
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, output_layer
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.passes import Captured, CapturePass, Sides
 from grass_lib.gradients.sides import Side, build_side
-from grass_lib.gradients.state import evaluating
 from grass_lib.projection import Mask, Projector, build_projector
 from grass_lib.specs import CompressionSpec, StageSpec
+
+# Layers whose contraction and stage 2 run side by side in a recorded step: each alone would leave most of a GPU idle.
+_STREAMS = 8
 
 LayerMasks: TypeAlias = Mapping[str, Mask | str | Path]
 
@@ -128,15 +131,13 @@ class FactoredGradients:
             for name, capture in self._captures.items()
         }
         self.k = sum(self.sizes.values())
-        self._modules = modules
-        self._probes: dict[str, Tensor] = {}
-        self._depth = 0
         self._graph = self.device.type == "cuda" and (compile if graph is None else graph)
-        self._recorded: tuple[Any, RecordedStep] | None = None
-        self._meter = Meter(self.device) if timed and not (compile or self._graph) else None
-        self._stage2_meter: Meter | None = Meter(self.device)
-        self._total_meter: Meter | None = Meter(self.device)
-        self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile else None
+        # The clock of a recorded step would be part of the recording.
+        self._stage1_meter = Meter(self.device) if timed and not (compile or self._graph) else None
+        self._total_meter, self._stage2_meter = Meter(self.device), Meter(self.device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._pass = CapturePass(model, self._captures, compile=compile, meter=self._stage1_meter, dtype=wide)
+        self._recorded: RecordedStep | None = None
         self.compiled_size: int | None = None
 
     @property
@@ -160,12 +161,11 @@ class FactoredGradients:
     def timings(self) -> dict[str, float]:
         """Seconds so far: ``gradients`` (forward and backward pass) and ``compression`` (both stages).
 
-        Stage 1 of a compiled pass cannot be told apart; it counts with the gradients. Recorded steps do not count.
+        The parts of a compiled pass or a recorded step cannot be told apart; they count with the gradients.
         """
-        first, total, second = (
-            0.0 if meter is None else meter.seconds for meter in (self._meter, self._total_meter, self._stage2_meter)
-        )
-        return {"gradients": max(0.0, total - first), "compression": first + second}
+        first = 0.0 if self._stage1_meter is None else self._stage1_meter.seconds
+        total = self._total_meter.seconds
+        return {"gradients": max(0.0, total - first), "compression": first + self._stage2_meter.seconds}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -174,24 +174,7 @@ class FactoredGradients:
         Calls attach by themselves; a loop of many calls, above all a compiled one, is faster inside one block. Blocks
         may be nested.
         """
-        if self._depth:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-            return
-        with ExitStack() as stack:
-            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-            stack.callback(_restore, flags)
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            stack.enter_context(evaluating(self.model))
-            for name, capture in self._captures.items():
-                handle = self._modules[name].register_forward_hook(self._hook(capture), with_kwargs=True)
-                stack.callback(handle.remove)
-            self._depth = 1
-            stack.callback(setattr, self, "_depth", 0)
+        with self._pass.attached():
             yield
 
     def __call__(self, batch: Batch, *, output: Output | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -213,65 +196,68 @@ class FactoredGradients:
         if self.compiled_size is None:
             self.compiled_size = n
         regular = n == self.compiled_size and output is None
-        if regular and self._graph and self._recorded is not None and self._recorded[0] == shapes_of(samples):
-            return self._recorded[1](samples)
+        if self._graph and regular:
+            return self._replay(samples, n)
         with self.attached():
-            if regular and self._graph and self._recorded is None:
-                with self._unmetered():
-                    step = RecordedStep(lambda inputs: self._step(self.loss, inputs, n), samples)
-                self._recorded = shapes_of(samples), step
-                return step(samples)
-            return self._step(output or self.loss, samples, n)
+            with measured(self._total_meter):
+                captured = self._pass(output or self.loss, samples, n, compiled=regular)
+            with measured(self._stage2_meter):
+                return self._scaled({name: self._finish(name, captured, n) for name in self.sizes}), captured.values
 
-    def _step(self, output: Output, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
-        with torch.enable_grad(), measured(self._total_meter):
-            found, values = self._pass(output, samples, n)
-        gradients: dict[str, Tensor] = {}
-        with measured(self._stage2_meter):
-            for (name, second), row in zip(self._stage2s.items(), found, strict=True):
-                rows = torch.zeros(n, self._captures[name].size, device=self.device) if row is None else row
-                gradients[name] = (rows if second is None else second(rows)).to(self.dtype)
-        return gradients, values.detach()
+    def _replay(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
+        if self._recorded is None:
+            with self.attached():
+                uses = self._pass.single_uses(self.loss, samples, n)
+                streams = [torch.cuda.Stream() for _ in range(_STREAMS)]
+                self._recorded = RecordedStep(lambda inputs: self.deferred_step(inputs, n, uses, streams), samples)
+        elif not self._recorded.fits(samples):
+            raise UsageError(
+                f"a batch has {shapes_of(samples)}, and the recorded step was made for {self._recorded.shapes}; "
+                "expected batches of one shape (or use graph=False)"
+            )
+        with measured(self._total_meter):
+            return self._recorded(samples)
 
-    @contextmanager
-    def _unmetered(self) -> Iterator[None]:
-        meters = self._meter, self._total_meter, self._stage2_meter
-        self._meter = self._total_meter = self._stage2_meter = None
-        try:
-            yield
-        finally:
-            self._meter, self._total_meter, self._stage2_meter = meters
+    def deferred_step(
+        self, samples: Batch, n: int, uses: Sides, streams: Sequence[torch.cuda.Stream] = ()
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The step as it is recorded: contractions and stage 2 come after the backward pass, layers side by side.
 
-    def _pass(self, output: Output, samples: Batch, n: int) -> tuple[list[Tensor | None], Tensor]:
-        # Expanded from one number: a probe has a shape and a gradient, but no memory.
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        zero = torch.zeros(1, device=self.device, dtype=wide)
-        self._probes = {name: zero.expand(n, capture.size).requires_grad_() for name, capture in self._captures.items()}
-        compiled = self._compiled if n == self.compiled_size else None
-        try:
-            values = (compiled or _evaluate)(output, self.model, samples)
-            if not isinstance(values, Tensor) or values.shape != (n,):
-                seen = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-                raise UsageError(
-                    f"loss returned {seen} for {n} samples; expected one value per sample, shape ({n},). Do not "
-                    "average over the batch."
-                )
-            if not values.requires_grad:
-                return [None] * len(self._probes), values
-            found = torch.autograd.grad(values.sum(), list(self._probes.values()), allow_unused=True)
-        finally:
-            self._probes = {}
-        return list(found), values
+        Args:
+            samples: The batch, on the device.
+            n: Its size.
+            uses: Layers whose contraction is deferred.
+            streams: That share the layers; without any, everything runs on the current one.
 
-    def _hook(self, capture: LayerCapture) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            probe = self._probes.get(capture.name)
-            if probe is None:
-                return None
-            x = args[0] if args else next(iter(kwargs.values()))
-            return capture.apply(module, x, y, probe, None if torch.compiler.is_compiling() else self._meter)
+        Returns:
+            As a call does.
+        """
+        captured = self._pass(self.loss, samples, n, compiled=True, deferred=uses)
+        if not streams:
+            return self._scaled({name: self._finish(name, captured, n) for name in self.sizes}), captured.values
+        main, rows = torch.cuda.current_stream(), {}
+        for stream in streams:
+            stream.wait_stream(main)
+        for place, name in enumerate(self.sizes):
+            with torch.cuda.stream(streams[place % len(streams)]):
+                rows[name] = self._finish(name, captured, n)
+        for stream in streams:
+            main.wait_stream(stream)
+        return self._scaled(rows), captured.values
 
-        return hook
+    def _finish(self, name: str, captured: Captured, n: int) -> Tensor:
+        """What is left of the contraction, and stage 2, of one layer."""
+        found, second = captured.gradients[name], self._stage2s[name]
+        if found is None:
+            return torch.zeros(n, self.sizes[name], device=self.device, dtype=self.dtype)
+        if name in captured.inputs:
+            found = self._captures[name].join(found, captured.inputs[name])
+        return (found if second is None else second(found)).to(self.dtype)
+
+    def _scaled(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scales of masks, applied to all layers by one launch."""
+        torch._foreach_mul_(list(rows.values()), [self._captures[name].scale for name in rows])  # pyright: ignore[reportPrivateImportUsage]
+        return rows
 
     def _side(
         self, name: str, side: str, shape: LayerShape, seed: int, masks: LayerMasks | None, unused: set[str]
@@ -300,15 +286,6 @@ class FactoredGradients:
         if stage.k is None or stage.k >= size:
             return None
         return build_projector(stage, size, seed=seed, name=name, device=self.device, dtype=self.dtype, backend=backend)
-
-
-def _evaluate(output: Output, model: nn.Module, samples: Batch) -> Tensor:
-    return output(model, samples)
-
-
-def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
 
 
 def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:

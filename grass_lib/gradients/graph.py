@@ -17,6 +17,9 @@ class RecordedStep:
 
     The step must not wait for the device, and must compute everything from its inputs and tensors that stay where they
     are. Weights may change in place between replays.
+
+    Attributes:
+        shapes: Names, shapes and types of a batch, as `shapes_of` gives them.
     """
 
     def __init__(self, step: Step, samples: Batch) -> None:
@@ -26,6 +29,7 @@ class RecordedStep:
             step: Gives named rows ``(batch, k)`` and values ``(batch,)``.
             samples: A batch on the GPU.
         """
+        self.shapes = shapes_of(samples)
         self._inputs: Batch
         if isinstance(samples, Mapping):
             self._inputs = {name: value.clone() for name, value in samples.items()}
@@ -42,6 +46,10 @@ class RecordedStep:
             rows, self._values = step(self._inputs)
             self._shapes = {name: part.shape for name, part in rows.items()}
             self._rows = torch.cat([part.flatten() for part in rows.values()])
+
+    def fits(self, samples: Batch) -> bool:
+        """Whether a batch has the shapes that were recorded."""
+        return shapes_of(samples) == self.shapes
 
     def __call__(self, samples: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The step's results for another batch of the same shapes; they are the caller's own."""

@@ -16,8 +16,8 @@ class InputSide:
     """Compresses the input of a layer, module and tensor to ``(batch, ..., k2)``.
 
     Attributes:
-        scale: Factor that the contraction applies to kept columns.
-        appends_bias: Whether the contraction adds the bias column, whose input is 1, at the end.
+        appends_bias: Whether the contraction adds the bias column, whose input is 1, at the end: where the whole input
+            is kept, a column of ones beside it would be a copy.
         counts_tokens: Whether token numbers are kept as they are (an embedding with its whole vocabulary).
         padding: Token of an embedding that never gets a gradient.
     """
@@ -30,21 +30,20 @@ class InputSide:
             shape: Of the layer.
             dtype: Of the layer's weights.
         """
-        self.scale = side.scale
         self.counts_tokens = shape.kind == "embedding" and side.is_identity
         self.padding: int | None = None
         self._kind, self._k = shape.kind, side.k
         self._matrix = None if side.matrix is None else side.matrix.to(dtype)
         self._bias, self._dtype = shape.bias, dtype
         self._columns = self._places = None
-        keeps_bias = side.matrix is None
+        self._ones = False
         if side.index is not None:
-            keeps_bias = int(side.index[-1]) == side.d - 1
-            self._columns = side.index[:-1] if shape.bias and keeps_bias else side.index
+            self._ones = shape.bias and int(side.index[-1]) == side.d - 1
+            self._columns = side.index[:-1] if self._ones else side.index
             if shape.kind == "embedding":
                 self._places = torch.full((side.d,), -1, dtype=torch.int64, device=side.index.device)
                 self._places[side.index] = torch.arange(side.k, device=side.index.device)
-        self.appends_bias = shape.bias and keeps_bias and shape.kind not in ("layernorm", "rmsnorm")
+        self.appends_bias = shape.bias and side.is_identity and shape.kind not in ("layernorm", "rmsnorm")
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         """The compressed input.
@@ -61,7 +60,8 @@ class InputSide:
         if self._kind == "conv2d":
             return self._patches(module, x)
         if self._columns is not None:
-            return x.index_select(-1, self._columns)
+            kept = x.index_select(-1, self._columns)
+            return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if self._ones else kept
         if self._matrix is None:
             return x
         matrix = self._matrix.to(x.dtype)
@@ -104,7 +104,8 @@ class InputSide:
         along = torch.arange(wide, device=x.device) * step_along
         start = columns % (height * width) // width * gap_down * padded.shape[3] + columns % width * gap_along
         place = start[:, None] + (down[:, None] * padded.shape[3] + along).flatten()
-        return padded.flatten(2).gather(2, place.expand(len(x), -1, -1))
+        kept = padded.flatten(2).gather(2, place.expand(len(x), -1, -1))
+        return torch.cat([kept, kept.new_ones(len(kept), 1, kept.shape[2])], dim=1) if self._ones else kept
 
 
 def moments(module: nn.Module, x: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:

@@ -311,6 +311,23 @@ def test_seconds_are_counted():
     assert 0 < first["gradients"] < factored.timings["gradients"]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["text", "twice", "unused", "conv1d"])
+def test_contractions_after_the_backward_pass_give_the_same(name, compile):
+    model, batch, loss = case(name)
+    factored = FactoredGradients(
+        model, loss, layers="all", sparsification="random_mask-4*3", projection="sjlt-5", compile=compile
+    )
+    plain, _ = factored(batch, output=loss)
+    with factored.attached():
+        uses = factored._pass.single_uses(loss, batch, N)
+        found, _ = factored.deferred_step(batch, N, uses)
+    assert (
+        len(uses) == {"text": 4, "twice": 1, "unused": 1, "conv1d": 1}[name]
+    )  # heads stay whole, a shared layer has two
+    assert_equal(found, {layer: rows.double() for layer, rows in plain.items()})
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(

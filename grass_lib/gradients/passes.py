@@ -1,0 +1,180 @@
+"""One forward and backward pass through a model whose layers hand their compressed gradients to probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients.capture import LayerCapture
+from grass_lib.gradients.meter import Meter
+from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.state import evaluating
+
+Sides = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape ``(batch, ..., k1)`` and type of layers' compressed output sides."""
+
+
+@dataclass
+class Captured:
+    """What one pass gives.
+
+    Attributes:
+        gradients: Gradient of each probe, by layer; None for a layer that the pass did not use.
+        values: The output ``(batch,)``.
+        inputs: Compressed input sides of the layers whose contraction was deferred.
+    """
+
+    gradients: dict[str, Tensor | None]
+    values: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class CapturePass:
+    """Runs a model with its layers' outputs handed through probes.
+
+    Attributes:
+        model: The model.
+        captures: By layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captures: Mapping[str, LayerCapture],
+        *,
+        compile: bool,
+        meter: Meter | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Prepares a pass; the model is not touched.
+
+        Args:
+            model: The model.
+            captures: By module name.
+            compile: Compiles forward and backward pass.
+            meter: Measures stage 1; None for nothing.
+            dtype: Of contracted gradients.
+        """
+        self.model, self.captures = model, captures
+        self._modules = dict(model.named_modules())
+        self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile else _evaluate
+        self._meter, self._dtype = meter, dtype
+        self._probes: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._deferred: Sides = {}
+        self._depth = 0
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks the layers, freezes the weights and puts the model in evaluation mode; blocks may be nested."""
+        if self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        with ExitStack() as stack:
+            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            stack.callback(_restore, flags)
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            stack.enter_context(evaluating(self.model))
+            for name, capture in self.captures.items():
+                handle = self._modules[name].register_forward_hook(self._hook(capture), with_kwargs=True)
+                stack.callback(handle.remove)
+            self._depth = 1
+            stack.callback(setattr, self, "_depth", 0)
+            yield
+
+    def __call__(
+        self, output: Output, samples: Batch, n: int, *, compiled: bool, deferred: Sides | None = None
+    ) -> Captured:
+        """One pass.
+
+        Args:
+            output: What is differentiated.
+            samples: The batch.
+            n: Its size.
+            compiled: Uses the compiled pass, where there is one.
+            deferred: Layers whose contraction is left to the caller; see `single_uses`.
+
+        Raises:
+            UsageError: If what the output returns or a layer's output has another form.
+        """
+        # Expanded from one number: a probe has a shape and a gradient, but no memory.
+        device = next(self.model.parameters()).device
+        zero = torch.zeros(1, device=device, dtype=self._dtype)
+        self._deferred, self._inputs = deferred or {}, {}
+        self._probes = {name: zero.expand(n, capture.size) for name, capture in self.captures.items()}
+        for name, (shape, dtype) in self._deferred.items():
+            self._probes[name] = zero.to(dtype).expand(shape)
+        probes = [probe.requires_grad_() for probe in self._probes.values()]
+        try:
+            with torch.enable_grad():
+                values = (self._compiled if compiled else _evaluate)(output, self.model, samples)
+                if not isinstance(values, Tensor) or values.shape != (n,):
+                    seen = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+                    raise UsageError(
+                        f"loss returned {seen} for {n} samples; expected one value per sample, shape ({n},). Do not "
+                        "average over the batch."
+                    )
+                unused: list[Tensor | None] = [None] * len(probes)
+                found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
+            return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), self._inputs)
+        finally:
+            self._probes, self._deferred, self._inputs = {}, {}, {}
+
+    def single_uses(self, output: Output, samples: Batch, n: int) -> Sides:
+        """Layers whose contraction may wait until the pass is over, because it uses them exactly once.
+
+        Args:
+            output: Run once without gradients, to see.
+            samples: The batch.
+            n: Its size.
+        """
+        seen: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = {name: [] for name in self.captures}
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+                seen[name].append(((*y.shape[:-1], self.captures[name].out.k), y.dtype))
+
+            return hook
+
+        with ExitStack() as stack, torch.no_grad():
+            for name in self.captures:
+                stack.callback(self._modules[name].register_forward_hook(watch(name)).remove)
+            output(self.model, samples)
+        return {
+            name: uses[0]
+            for name, uses in seen.items()
+            if len(uses) == 1 and uses[0][0][0] == n and self.captures[name].can_defer
+        }
+
+    def _hook(self, capture: LayerCapture) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            probe = self._probes.get(capture.name)
+            if probe is None:
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            if capture.name in self._deferred:
+                y, self._inputs[capture.name] = capture.tap(module, x, y, probe)
+                return y
+            return capture.apply(module, x, y, probe, None if torch.compiler.is_compiling() else self._meter)
+
+        return hook
+
+
+def _evaluate(output: Output, model: nn.Module, samples: Batch) -> Tensor:
+    return output(model, samples)
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
