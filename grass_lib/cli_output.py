@@ -82,14 +82,14 @@ def _number(value: float | None, metric: str) -> str:
 
 def show_ledger(rows: Sequence[dict[str, Any]]) -> None:
     """Prints ledger rows, one table per experiment and metric."""
+    from grass_lib.report.ledger import METRIC_TITLES
+
     colours = {"reproduced": "green", "differs": "red", "not comparable": "yellow", "not run": "dim"}
     console = console_for()
-    headings = {"lds": "LDS", "projection_seconds": "projection time (s)"}
     for experiment, metric in dict.fromkeys((row["experiment"], row["metric"]) for row in rows):
         chosen = [row for row in rows if (row["experiment"], row["metric"]) == (experiment, metric)]
-        table = Table(
-            title=f"{experiment}: {headings.get(metric, metric)}", title_justify="left", title_style="bold", box=None
-        )
+        title = f"{experiment}: {METRIC_TITLES.get(metric, metric)}"
+        table = Table(title=title, title_justify="left", title_style="bold", box=None)
         for name in ("compression", "published", "measured", "95 % interval", "verdict", "reason"):
             table.add_column(name, justify="right" if name in ("published", "measured") else "left")
         reasons = {row["reason"] for row in chosen}

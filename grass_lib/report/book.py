@@ -119,8 +119,11 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
 def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     """The figure of the introduction: the run nearest to the paper, or a note where there is no run at all."""
     from grass_lib.report.figures import draw_record
+    from grass_lib.report.ledger import Measured
+    from grass_lib.report.style import ATTRIBUTOR_TITLES
+    from grass_lib.report.tables import k_name, pick_rows
 
-    ranked = sorted(shown, key=lambda item: item.page.scale != "paper")
+    ranked = sorted(shown, key=lambda item: item.page.scale != "paper" or bool(Measured(item.record, {}).substitute))
     if not ranked:
         command = pages[0].command if pages else "grass run"
         return (
@@ -130,9 +133,11 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     best = ranked[0]
     files = draw_record(best.record, folder, formats=("svg",))
     image = next(path for path in files if path.name.endswith("_lds.svg"))
+    rows = pick_rows(best.record)
+    attributors = {ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]) for row in rows}
     caption = (
-        "LDS of TRAK against the compressed dimension k, one line per projection, bars for the 95 % interval over "
-        f"subsets and queries. Measured in run `{best.record.run_id}`"
+        f"LDS against {k_name(rows)} ({', '.join(attributors)}), one line per compression, bars for the 95 % interval "
+        f"over subsets and queries. Measured in run `{best.record.run_id}`"
     )
     if best.page.scale == "paper":
         caption += "; hollow markers are the published values."

@@ -1,4 +1,4 @@
-"""Figures of the report, drawn from run records only: LDS against k and projection time against k.
+"""Figures of the report, drawn from run records only: LDS and projection time against k, seconds by phase.
 
 ``python -m grass_lib.report.figures`` redraws ``figures/`` from the records under ``book/measured/``.
 """
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, figure_style, method_of
-from grass_lib.report.tables import Row, interval_text, pick_rows
+from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, figure_style, method_label, method_of
+from grass_lib.report.tables import Row, interval_text, k_name, pick_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,12 +67,23 @@ def comparable(published: Iterable[Row]) -> list[Row]:
     return renamed
 
 
-def _k_axis(axes: Axes, ks: Sequence[int]) -> None:
+def k_title(rows: Iterable[Row]) -> str:
+    """Title of the axis of k: factored compressions count per layer."""
+    return "k per layer, compressed dimension" if k_name(rows) == "k per layer" else "k, compressed dimension"
+
+
+def group_label(rows: Sequence[Row]) -> str:
+    """Name of a group of `series` in the legend: LoGra and FactGraSS where its rows are factored."""
+    return method_label(rows[0]["sparsification"], rows[0]["projection"])
+
+
+def _k_axis(axes: Axes, rows: Sequence[Row]) -> None:
+    ks = sorted({row["k"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [f"{k:,}" for k in ks])
     axes.minorticks_off()
     axes.margins(x=0.12)
-    axes.set_xlabel("k, compressed dimension")
+    axes.set_xlabel(k_title(rows))
 
 
 def _draw_ceiling(axes: Axes, ceiling: Mapping[str, Any]) -> None:
@@ -89,9 +100,9 @@ def _draw_ceiling(axes: Axes, ceiling: Mapping[str, Any]) -> None:
     axes.axhspan(low, high, color=NEUTRAL, alpha=0.12, linewidth=0)
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, methods: Sequence[str]) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    wanted = [*(style.label for style in METHODS.values()), "published", "noise ceiling"]
+    wanted = [*methods, "published", "noise ceiling"]
     order = sorted(range(len(labels)), key=lambda place: wanted.index(labels[place]))
     axes.legend(
         [handles[place] for place in order],
@@ -102,25 +113,25 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _ceiling(axes: Axes, noise_ceiling: Mapping[str, Any]) -> None:
-    """A line where it is near the data; in words where a line would press the data into a corner."""
-    low, high = axes.get_ylim()
-    mean = noise_ceiling["mean"]
-    if mean <= high + 0.5 * (high - low):
-        axes.axhline(mean, color=NEUTRAL, linestyle=":", linewidth=1.5, label="noise ceiling")
-        if noise_ceiling.get("interval"):
-            axes.axhspan(*noise_ceiling["interval"], color=NEUTRAL, alpha=0.12, linewidth=0)
-        return
-    words = f"noise ceiling {mean:.2f}, above this range"
-    axes.text(0.015, 0.975, words, transform=axes.transAxes, ha="left", va="top", color=NEUTRAL, fontsize=9.5)
-
-
-def _bars(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Lengths below and above each value, as error bars want them."""
-    return [
-        [max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)],
-        [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)],
-    ]
+def _draw(
+    axes: Axes, name: str, rows: Sequence[Row], values: Sequence[float], intervals: Sequence[Any], shift: float = 1.0
+) -> None:
+    """One method's line with a bar for each interval; `shift` multiplies k, so that bars do not cover each other."""
+    style = METHODS[name]
+    bounds = [interval or (value, value) for interval, value in zip(intervals, values, strict=True)]
+    axes.errorbar(
+        [row["k"] * shift for row in rows],
+        values,
+        yerr=[
+            [max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)],
+            [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)],
+        ],
+        color=style.colour,
+        marker=style.marker,
+        label=group_label(rows),
+        elinewidth=1.2,
+        capsize=2.5,
+    )
 
 
 def lds_figure(
@@ -128,7 +139,7 @@ def lds_figure(
     *,
     published: Iterable[Row] = (),
     noise_ceiling: Mapping[str, Any] | None = None,
-    attributor: str = "trak",
+    attributor: str | None = None,
     convention: str | None = None,
     title: str = "",
 ) -> Figure:
@@ -138,7 +149,7 @@ def lds_figure(
         source: a run record or its result rows.
         published: rows of ``published.json`` to draw beside ours, hollow and dashed; only for a paper-scale run.
         noise_ceiling: ``{mean, interval}``; a dotted line with its interval, or words if far above.
-        attributor: which attributor's rows.
+        attributor: which attributor's rows; None takes that of the first row.
         convention: which damping convention; None takes that of the first row.
         title: title above the axes.
 
@@ -154,21 +165,11 @@ def lds_figure(
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         for place, name in enumerate(names):
             style = METHODS[name]
-            shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))  # so that bars do not cover each other
+            shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))
             if name in groups:
                 rows = groups[name]
-                means = [row["lds"]["mean"] for row in rows]
-                bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
-                axes.errorbar(
-                    [row["k"] * shift for row in rows],
-                    means,
-                    yerr=_bars(means, bounds),
-                    color=style.colour,
-                    marker=style.marker,
-                    label=style.label,
-                    elinewidth=1.2,
-                    capsize=2.5,
-                )
+                lds = [row["lds"] for row in rows]
+                _draw(axes, name, rows, [one["mean"] for one in lds], [one.get("interval") for one in lds], shift)
             if name in paper:
                 axes.plot(
                     [row["k"] * shift for row in paper[name]],
@@ -184,10 +185,10 @@ def lds_figure(
             axes.plot([], [], color=NEUTRAL, marker="o", markerfacecolor="none", linestyle="--", label="published")
         if noise_ceiling is not None:
             _draw_ceiling(axes, noise_ceiling)
-        _k_axis(axes, sorted({row["k"] for group in (*groups.values(), *paper.values()) for row in group}))
+        _k_axis(axes, [row for group in (*groups.values(), *paper.values()) for row in group])
         axes.set_ylabel("LDS, mean over queries")
         axes.set_title(title)
-        _legend(axes)
+        _legend(axes, [group_label(groups[name]) for name in names if name in groups])
         plt.close(figure)
     return figure
 
@@ -195,7 +196,7 @@ def lds_figure(
 def time_figure(
     source: RunRecord | Iterable[Row],
     *,
-    attributor: str = "trak",
+    attributor: str | None = None,
     convention: str | None = None,
     title: str = "",
 ) -> Figure:
@@ -203,7 +204,7 @@ def time_figure(
 
     Args:
         source: a run record or its result rows.
-        attributor: which attributor's rows.
+        attributor: which attributor's rows; None takes that of the first row.
         convention: which damping convention; None takes that of the first row.
         title: title above the axes.
 
@@ -216,27 +217,13 @@ def time_figure(
     with figure_style():
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         for name, rows in groups.items():
-            style = METHODS[name]
             seconds = [row["projection_seconds"] for row in rows]
-            bounds = [
-                row.get("projection_seconds_interval") or (value, value)
-                for row, value in zip(rows, seconds, strict=True)
-            ]
-            axes.errorbar(
-                [row["k"] for row in rows],
-                seconds,
-                yerr=_bars(seconds, bounds),
-                color=style.colour,
-                marker=style.marker,
-                label=style.label,
-                elinewidth=1.2,
-                capsize=2.5,
-            )
-        _k_axis(axes, sorted({row["k"] for rows in groups.values() for row in rows}))
+            _draw(axes, name, rows, seconds, [row.get("projection_seconds_interval") for row in rows])
+        _k_axis(axes, [row for rows in groups.values() for row in rows])
         axes.set_yscale("log")
         axes.set_ylabel("projection of the training set (s)")
         axes.set_title(title)
-        _legend(axes)
+        _legend(axes, [group_label(rows) for rows in groups.values()])
         plt.close(figure)
     return figure
 
@@ -275,6 +262,8 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     Returns:
         The files written.
     """
+    from grass_lib.report.influence_tables import split_figure, split_rows
+    from grass_lib.report.ledger import Measured
     from grass_lib.report.published import published_rows
 
     published = published_rows(record.experiment) if record.scale == "paper" else []
@@ -282,11 +271,16 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     measured = {(row["sparsification"], row["projection"]) for row in pick_rows(record)}
     shown = [row for row in comparable(published) if (row["sparsification"], row["projection"]) in measured]
     title = f"{experiment_title(record.experiment)}, {record.scale} scale"
+    substitute = Measured(record, {}).substitute
+    title += f", substitute {substitute}" if substitute else ""
     ceiling = next((row["noise_ceiling"] for row in pick_rows(record) if row.get("noise_ceiling")), None)
     stem = record.experiment if record.scale == "paper" else f"{record.experiment}_{record.scale}"
-    lds = lds_figure(record, published=shown, noise_ceiling=ceiling, title=title)
-    written = save_figure(lds, f"{stem}_lds", folder, formats)
-    return written + save_figure(time_figure(record, title=title), f"{stem}_projection_time", folder, formats)
+    drawn = {"lds": lds_figure(record, published=shown, noise_ceiling=ceiling, title=title)}
+    if any(row.get("projection_seconds") for row in pick_rows(record)):
+        drawn["projection_time"] = time_figure(record, title=title)
+    if split_rows(record):
+        drawn["time_split"] = split_figure(record, title=title)
+    return [path for kind, figure in drawn.items() for path in save_figure(figure, f"{stem}_{kind}", folder, formats)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

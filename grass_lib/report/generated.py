@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grass_lib.report.pairs import PAIRS
 from grass_lib.report.published import published_claims, published_rows, published_source
-from grass_lib.report.style import experiment_title, method_label, method_of, stage_text
+from grass_lib.report.style import experiment_title, method_label, method_of, reference_method, stage_text
 from grass_lib.report.tables import badge, interval_text, table_html, with_formats
 
 if TYPE_CHECKING:
@@ -88,11 +88,12 @@ def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
 
 
 def _ratios(rows: Sequence[LedgerRow], field: str) -> dict[tuple[Any, ...], float]:
-    """Seconds divided by those of SJLT alone at the same pair and k."""
+    """Seconds divided by those of the reference, SJLT alone or LoGra, at the same pair and k."""
     base = {
         (row["experiment"], row["k"]): float(row[field])
         for row in rows
-        if row.get(field) and method_of(row["sparsification"], row["projection"]) == "sjlt"
+        if row.get(field)
+        and method_of(row["sparsification"], row["projection"]) == reference_method(row["sparsification"])
     }
     return {
         _key(row): float(row[field]) / base[row["experiment"], row["k"]]
@@ -102,7 +103,7 @@ def _ratios(rows: Sequence[LedgerRow], field: str) -> dict[tuple[Any, ...], floa
 
 
 def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
-    """The projection times of the ledger, as seconds and as ratios to SJLT within one run.
+    """The projection times of the ledger, as seconds and as ratios to SJLT, or LoGra, within one run.
 
     Args:
         rows: ledger rows.
@@ -121,15 +122,15 @@ def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
             {
                 **_common(row),
                 "Published (s)": row["published"],
-                "Times SJLT": published.get(key),
+                "Ratio, published": published.get(key),
                 "Measured (s)": row.get("measured"),
-                "Measured, times SJLT": measured.get(key),
+                "Ratio, measured": measured.get(key),
                 "Verdict": _verdict_badge(row["verdict"]),
             }
         )
     frame = pd.DataFrame(records, dtype=object).fillna("")
     ratio, seconds = "{:.2f}", "{:.3g}"
-    formats = {"Published (s)": seconds, "Times SJLT": ratio, "Measured (s)": seconds, "Measured, times SJLT": ratio}
+    formats = {"Published (s)": seconds, "Ratio, published": ratio, "Measured (s)": seconds, "Ratio, measured": ratio}
     return with_formats(frame, formats)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
-from grass_lib.report.figures import comparable, series
+from grass_lib.report.figures import comparable, group_label, k_title, series
 from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, method_label, stage_text
 from grass_lib.report.tables import Row, interval_text, pick_rows
 
@@ -43,9 +43,11 @@ def _figure(y_title: str, height: int = 520) -> go.Figure:
     return figure
 
 
-def _k_ticks(figure: go.Figure, ks: Iterable[int]) -> None:
-    values = sorted(set(ks))
-    figure.update_xaxes(tickvals=values, ticktext=[f"{k:,}" for k in values], minor={"ticks": ""})
+def _k_ticks(figure: go.Figure, rows: Sequence[Row]) -> None:
+    values = sorted({row["k"] for row in rows})
+    figure.update_xaxes(
+        tickvals=values, ticktext=[f"{k:,}" for k in values], minor={"ticks": ""}, title={"text": k_title(rows)}
+    )
 
 
 def _hover(row: Row) -> str:
@@ -61,7 +63,7 @@ def _measured_trace(name: str, rows: list[Row]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": style.label,
+        "name": group_label(rows),
         "x": [row["k"] for row in rows],
         "y": means,
         "line": {"color": style.colour, "width": 2},
@@ -83,7 +85,7 @@ def _published_trace(name: str, rows: list[Row]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": f"{style.label}, published",
+        "name": f"{group_label(rows)}, published",
         "x": [row["k"] for row in rows],
         "y": [row["lds"] for row in rows],
         "line": {"color": style.colour, "width": 1.2, "dash": "dash"},
@@ -126,7 +128,7 @@ def lds_figure_html(
     div_id: str = "plotly-lds",
     published: Iterable[Row] = (),
     noise_ceiling: Mapping[str, Any] | None = None,
-    attributor: str = "trak",
+    attributor: str | None = None,
     convention: str | None = None,
     embed: bool = False,
 ) -> str:
@@ -137,7 +139,7 @@ def lds_figure_html(
         div_id: HTML id; starts with ``plotly-``.
         published: rows of ``published.json`` to draw hollow and dashed; only for a paper-scale run.
         noise_ceiling: ``{mean, interval}``; a dotted line, hidden until clicked in the legend if far above.
-        attributor: which attributor's rows.
+        attributor: which attributor's rows; None takes that of the first row.
         convention: which damping convention; None takes that of the first row.
         embed: put plotly.js (4.8 MB) into the result. False in a book, which loads it once; True for a notebook opened
             by hand.
@@ -151,7 +153,7 @@ def lds_figure_html(
     figure = _figure("LDS, mean over queries")
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
     paper = series(comparable(published), "lds")
-    ks = sorted({row["k"] for rows in (*groups.values(), *paper.values()) for row in rows})
+    shown = [row for rows in (*groups.values(), *paper.values()) for row in rows]
     for name in METHODS:
         if name in groups:
             figure.add_trace(_measured_trace(name, groups[name]))
@@ -161,8 +163,10 @@ def lds_figure_html(
         drawn = [row["lds"]["mean"] for rows in groups.values() for row in rows]
         # A line far above the others would squeeze them: it waits in the legend.
         far = bool(drawn) and noise_ceiling["mean"] > max(drawn) + 1.5 * max(max(drawn) - min(drawn), 0.05)
-        figure.add_trace({**_ceiling_trace(noise_ceiling, ks), "visible": "legendonly" if far else True})
-    _k_ticks(figure, ks)
+        figure.add_trace(
+            {**_ceiling_trace(noise_ceiling, [row["k"] for row in shown]), "visible": "legendonly" if far else True}
+        )
+    _k_ticks(figure, shown)
     return _fragment(figure, div_id, embed)
 
 
@@ -229,7 +233,7 @@ def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-pub
             }
         ],
     )
-    _k_ticks(figure, (row["k"] for row in rows))
+    _k_ticks(figure, rows)
     return _fragment(figure, div_id, embed)
 
 

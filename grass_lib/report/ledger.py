@@ -10,6 +10,8 @@ from typing import Any
 
 from grass_lib.report.published import published_claims, published_rows
 from grass_lib.report.schema import RunRecord
+from grass_lib.report.style import reference_method, stage_text
+from grass_lib.report.tables import seconds_ratios
 
 #: Largest difference of two LDS values that still counts as the same, whatever the interval.
 TOLERANCE = 0.02
@@ -17,6 +19,14 @@ TOLERANCE = 0.02
 PROTOCOL_PARAMETERS = ("n_lds_models", "n_trak_models")
 METRICS = ("lds", "projection_seconds")
 THROUGHPUT = "throughput_percent_faster"
+#: Metrics in words.
+METRIC_TITLES = {
+    "lds": "LDS",
+    "projection_seconds": "projection time (s)",
+    THROUGHPUT: "throughput, % faster than LoGra",
+}
+#: Parameters that choose other data or another model than the paper's, quoted in reasons.
+CHOICES = ("data", "base")
 FIELDS = (
     "experiment",
     "attributor",
@@ -54,6 +64,17 @@ class Measured:
         """Parameters that make the run another protocol than the paper's, as ``name=value``."""
         given = self.record.parameters
         return ", ".join(f"{name}={given[name]}" for name in PROTOCOL_PARAMETERS if given.get(name))
+
+    @property
+    def choices(self) -> str:
+        """The parameters `CHOICES` in brackets where the run has them, such as `` (data=official, base=hub)``."""
+        return choices_text(self.record)
+
+
+def choices_text(record: RunRecord) -> str:
+    """The values of `CHOICES` among a run's parameters, in brackets; nothing where it has none."""
+    found = ", ".join(f"{name}={record.parameters[name]}" for name in CHOICES if record.parameters.get(name))
+    return f" ({found})" if found else ""
 
 
 def like_for_like(projection: str) -> str:
@@ -117,7 +138,8 @@ def _not_run(index: _Index, published: Mapping[str, Any], projection: str, regis
     stages = f"--sparsification '{published['sparsification']}' --projection '{projection}'"
     if record is None:
         return f"no finished run at paper scale; make one with `grass run {experiment} --scale paper`"
-    return f"run {record.run_id} has no such row; make one with `grass run {experiment} --scale paper {stages}`"
+    run = f"run {record.run_id}{choices_text(record)}"
+    return f"{run} has no such row; make one with `grass run {experiment} --scale paper {stages}`"
 
 
 def _beside(index: _Index, published: Mapping[str, Any], metric: str) -> str:
@@ -136,6 +158,8 @@ def _damping_text(published: Mapping[str, Any], item: Measured) -> str:
     if damping is None:
         return ""
     convention = item.row.get("damping_convention")
+    if published["attributor"] != "trak":  # the reference's influence functions have relative damping, as ours
+        return f"; damping {damping:g}, published {published['damping']:g}, both relative to the mean eigenvalue"
     if like_for_like(published["projection"]) != published["projection"]:
         return f"; damping {damping:g} ({convention})"
     if convention == "paper":
@@ -154,11 +178,14 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
     if item.record.data["kind"] == "recompressed":
         detail += ", the paper's images compressed once more"
     if item.substitute:
-        return "not comparable", f"substitute {item.substitute}: difference {difference:+.4f} says nothing{detail}"
+        return (
+            "not comparable",
+            f"substitute {item.substitute}{item.choices}: difference {difference:+.4f} says nothing{detail}",
+        )
     if item.changed:
         return (
             "not comparable",
-            f"another protocol than the paper's ({item.changed}): difference {difference:+.4f}{detail}",
+            f"another protocol than the paper's ({item.changed}){item.choices}: difference {difference:+.4f}{detail}",
         )
     # Differences of rounded decimals: what equals the allowance on paper must count as equal.
     if abs(difference) <= allowed + 1e-9:
@@ -172,32 +199,21 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
     )
 
 
-def _ratio(index: _Index, published: Mapping[str, Any], item: Measured) -> str:
-    """Both times divided by that of sjlt alone at the same k, ours within one run."""
-    projection = f"sjlt-{published['k']}"
-    base_published = next(
-        (
-            row["projection_seconds"]
-            for row in published_rows(published["experiment"])
-            if (row["sparsification"], row["projection"]) == ("identity", projection)
-        ),
-        None,
-    )
-    base = next(
-        (
-            row["projection_seconds"]
-            for row in item.record.results
-            if (row["sparsification"], row["projection"], row["attributor"])
-            == ("identity", projection, published["attributor"])
-            and row.get("projection_seconds")
-        ),
-        None,
+def _ratio(published: Mapping[str, Any], item: Measured) -> str:
+    """Both times divided by that of one method at the same k, ours within one run."""
+    projection = like_for_like(published["projection"])
+    compression = stage_text(published["sparsification"], projection)
+    reference = reference_method(published["sparsification"])
+    rows = [row for row in item.record.results if row["attributor"] == published["attributor"]]
+    ours = seconds_ratios(rows, reference).get(compression)
+    theirs = seconds_ratios(published_rows(published["experiment"]), reference).get(
+        stage_text(published["sparsification"], published["projection"])
     )
     device = item.record.device.get("name", "another device")
-    text = f"seconds of two different machines ({device} here); compare ratios"
-    if base_published and base:
-        ours, theirs = item.row["projection_seconds"] / base, published["projection_seconds"] / base_published
-        text += f": {ours:.2f} times {projection} here, {theirs:.2f} times as published"
+    text = f"seconds of two different machines ({device} here{item.choices}); compare ratios"
+    if ours is not None and theirs is not None:
+        name = f"LoGra at k = {published['k']} per layer" if reference == "normal" else f"sjlt-{published['k']}"
+        text += f": {ours:.2f} times {name} here, {theirs:.2f} times as published"
     return text
 
 
@@ -228,7 +244,7 @@ def _row(index: _Index, published: Mapping[str, Any], metric: str, registered: I
     if metric == "lds":
         verdict, reason = _judge_lds(published, item)
     else:
-        verdict, reason = "not comparable", _ratio(index, published, item)
+        verdict, reason = "not comparable", _ratio(published, item)
     return {
         **row,
         "measured": _value(item, metric),

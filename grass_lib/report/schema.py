@@ -194,6 +194,15 @@ _ROW_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("backend", _optional(_text), "a name or null"),
     ("operator", _optional(_text), "a name or null"),
 )
+# Fields that only some attributors have, checked where they are.
+_OPTIONAL_ROW_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("seconds", _mapping_of(_positive), "seconds >= 0 by name of the phase"),
+    ("k_total", _optional(_count), "the sum of k over the layers"),
+    ("layers", _optional(_count), "a number of layers"),
+    ("head_included", lambda value: value is None or isinstance(value, bool), "true or false"),
+    ("tokens_per_second", _optional(_positive), "a number or null"),
+    ("stored_bytes", _optional(_count), "a number of bytes"),
+)
 _LDS_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mean", lambda value: _number(value) and -1 <= value <= 1, "a correlation between -1 and 1"),
     ("interval", _optional(_interval), "[low, high] or null"),
@@ -215,6 +224,8 @@ def check_row(row: Mapping[str, Any], place: str = "result") -> None:
     """
     for name, check, expected in _ROW_RULES:
         _require(name in row and check(row[name]), f"{place}.{name}", row.get(name), expected)
+    for name, check, expected in _OPTIONAL_ROW_RULES:
+        _require(name not in row or check(row[name]), f"{place}.{name}", row.get(name), expected)
     lds, ceiling = row["lds"], row["noise_ceiling"]
     if lds is not None:
         for name, check, expected in _LDS_RULES:

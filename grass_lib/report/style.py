@@ -47,7 +47,39 @@ METHODS: dict[str, MethodStyle] = {
     "identity": MethodStyle("no projection", NEUTRAL, "d", "diamond-tall"),
 }
 
+#: Names of methods whose factored form has a name of its own; colour and marker stay.
+FACTORED_LABELS: dict[str, str] = {
+    "normal": "LoGra (normal)",
+    "grass": "FactGraSS",
+    "selective_grass": "selective FactGraSS",
+}
+
 METHOD_COLOURS: dict[str, str] = {name: style.colour for name, style in METHODS.items()}
+
+
+@dataclass(frozen=True)
+class PhaseStyle:
+    """What identifies one phase of a run in the time split.
+
+    Attributes:
+        label: name shown in legends and tables.
+        colour: hexadecimal colour.
+        hatch: matplotlib hatch, a second cue that needs no colour.
+    """
+
+    label: str
+    colour: str
+    hatch: str
+
+
+#: Phases of influence functions in the order of the work.
+PHASES: dict[str, PhaseStyle] = {
+    "gradients": PhaseStyle("forward/backward", NEUTRAL, ""),
+    "compression": PhaseStyle("compression", "#D55E00", "///"),
+    "writing": PhaseStyle("writing", "#4AA3E0", "..."),
+    "curvature": PhaseStyle("curvature", "#8F5A00", "xxx"),
+    "scoring": PhaseStyle("scoring", "#009E73", "\\\\\\"),
+}
 
 EXPERIMENT_TITLES: dict[str, str] = {
     "mlp_mnist": "MLP + MNIST",
@@ -79,7 +111,7 @@ def method_of(sparsification: str, projection: str) -> str:
     """Names the method of a pair of stages, the key of `METHODS`.
 
     A mask before SJLT is GraSS whatever the mask's size (factored pairs, FactGraSS, share its colour); a lone stage
-    keeps its own name.
+    keeps its own name, factored or not.
 
     Args:
         sparsification: first stage as typed, such as ``random_mask-32768`` or ``identity``.
@@ -102,6 +134,23 @@ def method_of(sparsification: str, projection: str) -> str:
     return method if method in METHODS else "identity"
 
 
+def is_factored(sparsification: str) -> bool:
+    """Whether a first stage acts on both sides of a layer, as ``normal-64*64`` does; k then counts per layer."""
+    return "*" in sparsification
+
+
+def reference_method(sparsification: str) -> str:
+    """The method whose time is 1 in tables: LoGra's dense factors for factored compressions, SJLT for flat ones.
+
+    Args:
+        sparsification: first stage as typed.
+
+    Returns:
+        A key of `METHODS`.
+    """
+    return "normal" if is_factored(sparsification) else "sjlt"
+
+
 def method_label(sparsification: str, projection: str) -> str:
     """Name shown to readers for a pair of stages, FactGraSS and LoGra included.
 
@@ -110,16 +159,11 @@ def method_label(sparsification: str, projection: str) -> str:
         projection: second stage as typed.
 
     Returns:
-        For example ``SJLT``, ``GraSS`` or ``LoGra``.
+        For example ``SJLT``, ``GraSS`` or ``LoGra (normal)``.
     """
-    label = METHODS[method_of(sparsification, projection)].label
-    if "*" not in sparsification:
-        return label
-    if _family(projection) == "sjlt":
-        return "FactGraSS" if _family(sparsification) == "random_mask" else "selective FactGraSS"
-    if _family(sparsification) == "normal" and _family(projection) == "identity":
-        return "LoGra"
-    return f"{label}, factored"
+    method = method_of(sparsification, projection)
+    names = FACTORED_LABELS if is_factored(sparsification) else {}
+    return names.get(method, METHODS[method].label)
 
 
 def stage_text(sparsification: str, projection: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
-from grass_lib.report.style import ATTRIBUTOR_TITLES, METHODS, method_label, method_of, stage_text
+from grass_lib.report.style import ATTRIBUTOR_TITLES, METHODS, is_factored, method_label, method_of, stage_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,34 +34,53 @@ def result_rows(source: RunRecord | Iterable[Row]) -> list[Row]:
 
 
 def pick_rows(
-    source: RunRecord | Iterable[Row], *, attributor: str = "trak", convention: str | None = None
+    source: RunRecord | Iterable[Row], *, attributor: str | None = None, convention: str | None = None
 ) -> list[Row]:
     """Rows that belong in one figure: one attributor, one damping convention.
 
     Args:
         source: a run record or result rows.
-        attributor: which attributor.
+        attributor: which attributor; None takes that of the first row.
         convention: ``relative`` or ``paper``; None takes that of the first row of the attributor, so that a run which
             reports both is drawn once.
 
     Returns:
         The rows in their order.
     """
-    rows = [row for row in result_rows(source) if row["attributor"] == attributor]
+    rows = result_rows(source)
+    if attributor is None and rows:
+        attributor = rows[0]["attributor"]
+    rows = [row for row in rows if row["attributor"] == attributor]
     if convention is None and rows:
         convention = rows[0].get("damping_convention")
     return [row for row in rows if convention is None or row.get("damping_convention") in (None, convention)]
 
 
-def _method_columns(row: Row) -> dict[str, Any]:
+def k_name(rows: Iterable[Row]) -> str:
+    """``k per layer`` where all rows are factored, else ``k``."""
+    factored = {is_factored(row["sparsification"]) for row in rows}
+    return "k per layer" if factored == {True} else "k"
+
+
+def method_columns(row: Row, k: str = "k") -> dict[str, Any]:
+    """The columns that every table starts with: method, compression as typed, k.
+
+    Args:
+        row: a result row.
+        k: heading of the last one.
+
+    Returns:
+        Cell by heading.
+    """
     return {
         "Method": method_label(row["sparsification"], row["projection"]),
         "Compression": stage_text(row["sparsification"], row["projection"]),
-        "k": row.get("k"),
+        k: row.get("k"),
     }
 
 
-def _order(row: Row) -> tuple[int, int, int]:
+def row_order(row: Row) -> tuple[int, int, int]:
+    """Sorting key of result rows: attributor, method, k."""
     attributors, methods = list(ATTRIBUTOR_TITLES), list(METHODS)
     place = attributors.index(row["attributor"]) if row["attributor"] in attributors else len(attributors)
     return place, methods.index(method_of(row["sparsification"], row["projection"])), row.get("k") or 0
@@ -86,13 +105,14 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = sorted((row for row in result_rows(source) if row.get("lds")), key=_order)
+    rows = sorted((row for row in result_rows(source) if row.get("lds")), key=row_order)
     several = len({row.get("damping_convention") for row in rows} - {None}) > 1
+    k = k_name(rows)
     records = []
     for row in rows:
         lds = row["lds"]
         damping = row.get("damping")
-        record = {"Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]), **_method_columns(row)}
+        record = {"Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]), **method_columns(row, k)}
         record |= {"LDS": round(float(lds["mean"]), 6), "95 % interval": interval_text(lds.get("interval"))}
         record["Damping"] = "" if damping is None else f"{damping:g}"
         if several:
@@ -104,12 +124,40 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
     return with_formats(frame, {"LDS": "{:.4f}"})
 
 
-def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") -> pd.DataFrame:
+def seconds_ratios(rows: Iterable[Row], reference: str) -> dict[str, float]:
+    """Projection seconds divided by those of one method at the same k.
+
+    Args:
+        rows: result rows or published rows.
+        reference: method whose time is 1 at each k.
+
+    Returns:
+        Ratio by compression as `stage_text` writes it; only where the reference was run at that k.
+    """
+    timed = [row for row in rows if row.get("projection_seconds") is not None]
+    base: dict[Any, float] = {}
+    for row in timed:
+        if method_of(row["sparsification"], row["projection"]) != reference or row["projection_seconds"] <= 0:
+            continue
+        # A variant such as sjlt_4 stands in only where the plain type was not run.
+        if row.get("k") not in base or stage_text(row["sparsification"], row["projection"]).startswith(f"{reference}-"):
+            base[row.get("k")] = float(row["projection_seconds"])
+    return {
+        stage_text(row["sparsification"], row["projection"]): float(row["projection_seconds"]) / base[row.get("k")]
+        for row in timed
+        if row.get("k") in base
+    }
+
+
+def time_table(
+    source: RunRecord | Iterable[Row], *, reference: str | None = None, published: Iterable[Row] = ()
+) -> pd.DataFrame:
     """Seconds spent in projection and their ratio to one method at the same k.
 
     Args:
         source: a run record or result rows; a compression that appears twice (two damping conventions) is shown once.
-        reference: method whose time is 1 at each k.
+        reference: method whose time is 1 at each k; None takes LoGra where all rows are factored, else SJLT.
+        published: rows of ``published.json``, for a column with the published ratios; only for a paper-scale run.
 
     Returns:
         One row per compression, ordered by method and k; no ratio where the reference was not run at that k.
@@ -120,22 +168,24 @@ def time_table(source: RunRecord | Iterable[Row], *, reference: str = "sjlt") ->
     for row in result_rows(source):
         if row.get("projection_seconds") is not None:
             unique.setdefault(stage_text(row["sparsification"], row["projection"]), row)
-    rows = sorted(unique.values(), key=lambda row: _order({**row, "attributor": ""}))
-    base = {
-        row.get("k"): float(row["projection_seconds"])
-        for row in rows
-        if method_of(row["sparsification"], row["projection"]) == reference and row["projection_seconds"] > 0
-    }
+    rows = sorted(unique.values(), key=lambda row: row_order({**row, "attributor": ""}))
+    k = k_name(rows)
+    factored = k != "k"
+    reference = reference or ("normal" if factored else "sjlt")
+    heading = "Times " + ("LoGra" if factored and reference == "normal" else METHODS[reference].label)
+    ours, theirs = seconds_ratios(rows, reference), seconds_ratios(published, reference)
     records = []
     for row in rows:
-        seconds, k = float(row["projection_seconds"]), row.get("k")
-        ratio = seconds / base[k] if k in base else None
-        record = {**_method_columns(row), "Seconds": seconds}
+        compression = stage_text(row["sparsification"], row["projection"])
+        record = {**method_columns(row, k), "Seconds": float(row["projection_seconds"])}
         if any(other.get("projection_seconds_interval") for other in rows):
             bounds = row.get("projection_seconds_interval")
             record["95 % interval"] = f"{bounds[0]:.2g} to {bounds[1]:.2g}" if bounds else ""
-        records.append({**record, f"Times {METHODS[reference].label}": ratio, "Backend": row.get("backend") or ""})
-    return with_formats(pd.DataFrame(records), {"Seconds": "{:.3g}", f"Times {METHODS[reference].label}": "{:.2f}"})
+        record[heading] = ours.get(compression)
+        if theirs:
+            record["As published"] = theirs.get(compression)
+        records.append({**record, "Backend": row.get("backend") or ""})
+    return with_formats(pd.DataFrame(records), {"Seconds": "{:.3g}", heading: "{:.2f}", "As published": "{:.2f}"})
 
 
 def with_formats(frame: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:

@@ -18,7 +18,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from grass_lib.report.figures import lds_figure, time_figure
 from grass_lib.report.galleries import image_gallery
+from grass_lib.report.influence_tables import split_figure, split_table
 from grass_lib.report.interactive import lds_figure_html
+from grass_lib.report.passages import passages_html
+from grass_lib.report.published import published_rows
 from grass_lib.report.record import RunRecord
 from grass_lib.report.tables import lds_table, table_html, time_table
 
@@ -53,6 +56,94 @@ def toy_rows(ks: tuple[int, ...] = (256, 512, 1024)) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+FACTORED = (
+    ("random_mask-{d}*{d}", "identity"),
+    ("sjlt-{d}*{d}", "identity"),
+    ("normal-{d}*{d}", "identity"),
+    ("random_mask-{two}*{two}", "sjlt-{k}"),
+)
+
+
+def factored_rows(sides: tuple[int, ...] = (16, 32, 64)) -> list[dict[str, Any]]:
+    """Rows of influence functions, as published but with other numbers."""
+    rows = []
+    for place, (first, second) in enumerate(FACTORED):
+        for step, d in enumerate(sides):
+            sparsification = first.format(d=d, two=2 * d)
+            projection = second.format(k=d * d)
+            mean = 0.1 + 0.01 * place + 0.05 * step
+            compression = 2.0 + 3 * place
+            rows.append(
+                {
+                    "attributor": "influence_efim",
+                    "sparsification": sparsification,
+                    "projection": projection,
+                    "spec": f"{sparsification}->{projection}",
+                    "k": d * d,
+                    "lds": {
+                        "mean": mean,
+                        "interval": [mean - 0.02, mean + 0.02],
+                        "n_models": 50,
+                        "n_queries": 433,
+                        "n_undefined": 0,
+                    },
+                    "noise_ceiling": {"mean": 0.6, "interval": [0.55, 0.65]},
+                    "damping": 0.1,
+                    "damping_convention": "relative",
+                    "projection_seconds": compression,
+                    "backend": "torch",
+                    "operator": first.split("-")[0],
+                    "k_total": 48 * d * d,
+                    "layers": 48,
+                    "head_included": False,
+                    "tokens_per_second": 90_000.0 - 2_000 * place,
+                    "seconds": {
+                        "gradients": 20.0,
+                        "compression": compression,
+                        "writing": 0.5 * (1 + step),
+                        "curvature": 1.0 + 2 * step,
+                        "scoring": 3.0,
+                    },
+                    "stored_bytes": 4656 * 48 * d * d * 2,
+                }
+            )
+    return rows
+
+
+WORDS = (
+    "the",
+    "river",
+    "was",
+    "crossed",
+    "by",
+    "<unk>",
+    "troops",
+    "@-@",
+    "$",
+    "1916 ,",
+    "and\n\n",
+    "= Siege =",
+    "5 < 7 &",
+)
+
+
+def toy_passage(index: int) -> str:
+    generator = np.random.default_rng(index)
+    return " ".join(generator.choice(WORDS, 90))
+
+
+def toy_passages(embed: bool = False, n_query: int = 3, per_side: int = 3) -> str:
+    ranked = toy_ranked(n_query, 4000, per_side)
+    return passages_html(
+        [toy_passage(5000 + place) for place in range(n_query)],
+        toy_passage,
+        ranked,
+        source="WikiText-2",
+        licence="CC BY-SA 3.0",
+        embed=embed,
+    )
 
 
 def toy_ranked(n_query: int = 6, n_train: int = 40, k: int = 5) -> Any:
@@ -101,9 +192,26 @@ def _draw_outputs(queries: Any, train: Any) -> list[Any]:
     ]
 
 
-def toy_notebook(sentinel: str = "done", images: tuple[Any, Any] | None = None) -> nbformat.NotebookNode:
+@cache
+def _text_outputs() -> str:
+    rows = factored_rows()
+    published = [row for row in published_rows("gpt2_wikitext") if "selective" not in row["sparsification"]]
+    outputs = [
+        html_output(table_html(lds_table(rows), "dt-lds")),
+        html_output(lds_figure_html(rows, published=published, noise_ceiling=rows[0]["noise_ceiling"])),
+        html_output(table_html(time_table(rows, published=published), "dt-time")),
+        html_output(table_html(split_table(rows), "dt-split")),
+        png_output(split_figure(rows)),
+        html_output(toy_passages()),
+    ]
+    return json.dumps(outputs)
+
+
+def toy_notebook(
+    sentinel: str = "done", images: tuple[Any, Any] | None = None, text: bool = False
+) -> nbformat.NotebookNode:
     """What a notebook looks like after execution: figures, tables, a gallery, an interactive figure."""
-    drawn = _draw_outputs(*images) if images else json.loads(_toy_outputs())
+    drawn = _draw_outputs(*images) if images else json.loads(_text_outputs() if text else _toy_outputs())
     outputs = [*map(nbformat.from_dict, drawn), new_output("stream", name="stdout", text=sentinel + "\n")]
     progress = new_output("stream", name="stderr", text="training: 50%|#####     |\n")
     cells: list[Any] = [new_markdown_cell("# MLP + MNIST\n\nA toy page with $\\phi^\\top \\phi$ in it.")]
@@ -145,6 +253,19 @@ def toy_record(run_id: str = "mlp_mnist-embedded-toy", scale: str = "embedded", 
     return RunRecord(**{**fields, **changes})
 
 
+def text_record(run_id: str = "gpt2_wikitext-paper-toy", scale: str = "paper", **changes: Any) -> RunRecord:
+    """A made-up run of influence functions on substitute data."""
+    fields: dict[str, Any] = {
+        "experiment": "gpt2_wikitext",
+        "data": {"source": "toy text", "rows": 40, "sha256": "0" * 64, "kind": "substitute"},
+        "parameters": {"seed": 0, "data": "validation+test", "base": "scratch"},
+        "results": factored_rows(),
+        "extra": {"weights": "substitute"},
+        "device": {"type": "cuda", "name": "toy GPU"},
+    }
+    return toy_record(run_id, scale, **{**fields, **changes})
+
+
 def write_run(
     folder: Path, record: RunRecord, images: tuple[Any, Any] | None = None, changed: Sequence[str] = ()
 ) -> Path:
@@ -153,7 +274,8 @@ def write_run(
     text = json.dumps(record.to_json(), indent=1).encode()
     (folder / "record.json").write_bytes(text)
     sentinel = f"grass-run-complete {record.run_id} {hashlib.sha256(text).hexdigest()}"
-    nbformat.write(toy_notebook(sentinel, images), folder / "notebook.ipynb")
+    text_pair = record.experiment == "gpt2_wikitext"
+    nbformat.write(toy_notebook(sentinel, images, text_pair), folder / "notebook.ipynb")
     status = {
         "run_id": record.run_id,
         "experiment": record.experiment,

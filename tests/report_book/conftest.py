@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from book_fixtures import toy_record, write_run
+from book_fixtures import text_record, toy_record, write_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -35,6 +35,7 @@ def built_book(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("GRASS_RUNS", raising=False)
         root = copy_sources(tmp_path_factory.mktemp("book"))
         write_run(root / "runs" / "mlp_mnist-embedded-toy", toy_record())
+        write_run(root / "runs" / "gpt2_wikitext-paper-toy", text_record())
         index = build(root)
     yield index.parent
     shutil.rmtree(root, ignore_errors=True)

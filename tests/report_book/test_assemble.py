@@ -16,7 +16,9 @@ EMBEDDED = Page("mlp_mnist", "embedded")
 
 
 def test_pages_of_the_table_of_contents(sources: Path) -> None:
-    assert pages_in_toc(sources / "_toc.yml") == [EMBEDDED, Page("mlp_mnist", "paper")]
+    assert pages_in_toc(sources / "_toc.yml") == [
+        Page(experiment, scale) for experiment in ("mlp_mnist", "gpt2_wikitext") for scale in ("embedded", "paper")
+    ]
 
 
 def test_without_any_run_every_page_is_a_stub_and_the_ledger_is_whole(sources: Path) -> None:
@@ -85,6 +87,8 @@ def test_pages_are_made_anew_each_time(sources: Path) -> None:
     write_run(sources / "runs/toy", toy_record("toy"))
     assemble(sources)
     assert sorted(path.name for path in (sources / "book/executed").iterdir()) == [
+        "gpt2_wikitext_embedded.md",
+        "gpt2_wikitext_paper.md",
         "mlp_mnist_embedded.ipynb",
         "mlp_mnist_paper.md",
     ]

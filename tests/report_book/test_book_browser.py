@@ -19,6 +19,8 @@ PAGES = (
     "book/reproduce",
     "book/executed/mlp_mnist_embedded",
     "book/executed/mlp_mnist_paper",
+    "book/executed/gpt2_wikitext_embedded",
+    "book/executed/gpt2_wikitext_paper",
     "book/pairs",
     "book/ledger",
     "book/references",
@@ -149,7 +151,7 @@ def test_ledger_sorts_filters_and_searches(browser: Any, built_book: Path) -> No
 
     search = browser.find_element(By.CSS_SELECTOR, ".dt-search input")
     search.send_keys("LoGra")
-    wait.until(lambda session: set(_cells(session, 1)) == {"LoGra"})
+    wait.until(lambda session: set(_cells(session, 1)) == {"LoGra (normal)"})
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from grass_lib.report.style import METHODS, NEUTRAL, method_label, method_of, stage_text
+from grass_lib.report.style import METHODS, NEUTRAL, PHASES, method_label, method_of, reference_method, stage_text
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 VISION = {
@@ -51,6 +51,8 @@ def test_colours_are_visible_on_light_and_dark(background: str) -> None:
     assert contrast(NEUTRAL, background) > 4.2
     for name, style in METHODS.items():
         assert contrast(style.colour, background) > 2.7, name
+    for name, style in PHASES.items():
+        assert contrast(style.colour, background) > 2.7, name
 
 
 def test_every_method_has_its_own_colour_marker_and_symbol() -> None:
@@ -68,10 +70,12 @@ def test_every_method_has_its_own_colour_marker_and_symbol() -> None:
         ("random_mask-32768", "sjlt-2048", "grass", "GraSS"),
         ("selective_mask-32768", "sjlt-2048", "selective_grass", "selective GraSS"),
         ("random_mask-32768", "normal-2048", "masked_normal", "mask, then dense normal"),
-        ("normal-64*64", "identity", "normal", "LoGra"),
+        ("normal-64*64", "identity", "normal", "LoGra (normal)"),
         ("random_mask-128*128", "sjlt-4096", "grass", "FactGraSS"),
         ("selective_mask-128*128", "sjlt-4096", "selective_grass", "selective FactGraSS"),
-        ("sjlt-16*16", "identity", "sjlt", "SJLT, factored"),
+        ("sjlt-16*16", "identity", "sjlt", "SJLT"),
+        ("random_mask-16*16", "identity", "random_mask", "random mask"),
+        ("selective_mask-16*16", "identity", "selective_mask", "selective mask"),
         ("identity", "identity", "identity", "no projection"),
         ("identity", "something_new-3", "identity", "no projection"),
     ],
@@ -79,6 +83,22 @@ def test_every_method_has_its_own_colour_marker_and_symbol() -> None:
 def test_method_of_a_pair_of_stages(sparsification: str, projection: str, method: str, label: str) -> None:
     assert method_of(sparsification, projection) == method
     assert method_label(sparsification, projection) == label
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_any_two_phases_stay_apart_for_every_kind_of_colour_vision(vision: str) -> None:
+    for first, second in combinations(PHASES, 2):
+        seen = [lab(VISION[vision] @ linear(PHASES[name].colour)) for name in (first, second)]
+        assert np.linalg.norm(seen[0] - seen[1]) > 9.5, (first, second)
+    assert len({style.hatch for style in PHASES.values()}) == len(PHASES)
+
+
+def test_factored_compressions_are_compared_with_logra() -> None:
+    assert [reference_method(first) for first in ("identity", "random_mask-8", "normal-8*8")] == [
+        "sjlt",
+        "sjlt",
+        "normal",
+    ]
 
 
 def test_stage_text_leaves_identity_out() -> None:

@@ -1,0 +1,152 @@
+"""Where the seconds of influence functions go: forward and backward, compression, writing, curvature, scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.errors import UsageError
+from grass_lib.report.style import NEUTRAL, PHASES, figure_style, method_label, stage_text
+from grass_lib.report.tables import Row, k_name, method_columns, result_rows, row_order, with_formats
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from grass_lib.report.record import RunRecord
+
+
+def split_rows(source: RunRecord | Iterable[Row]) -> list[Row]:
+    """Rows that say their seconds by phase, each compression once, ordered by method and k.
+
+    Args:
+        source: a run record or its result rows.
+
+    Returns:
+        The rows; none where no row has ``seconds``.
+    """
+    unique: dict[str, Row] = {}
+    for row in result_rows(source):
+        if row.get("seconds"):
+            unique.setdefault(stage_text(row["sparsification"], row["projection"]), row)
+    return sorted(unique.values(), key=lambda row: row_order({**row, "attributor": ""}))
+
+
+def _timed(source: RunRecord | Iterable[Row]) -> list[Row]:
+    rows = split_rows(source)
+    if not rows:
+        raise UsageError(
+            f"no result row has seconds by phase, expected seconds={{{', '.join(PHASES)}}} in at least one; "
+            "give them to Run.result"
+        )
+    return rows
+
+
+def phase_seconds(row: Row) -> dict[str, float]:
+    """Seconds by phase in the order of `PHASES`; phases with another name are summed as ``other``.
+
+    Args:
+        row: a result row with ``seconds``.
+
+    Returns:
+        Seconds (s) of the phases that the row has.
+    """
+    seconds = row["seconds"]
+    known = {name: float(seconds[name]) for name in PHASES if name in seconds}
+    others = [float(value) for name, value in seconds.items() if name not in PHASES]
+    return known | {"other": sum(others)} if others else known
+
+
+def split_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
+    """Seconds by phase, their sum and the throughput of caching, one row per compression.
+
+    Args:
+        source: a run record or its result rows; rows without ``seconds`` are left out.
+
+    Returns:
+        Columns of the method, one column per phase (s), ``Sum (s)`` and ``Tokens/s`` where a row has it.
+
+    Raises:
+        UsageError: no row has seconds by phase.
+    """
+    import pandas as pd
+
+    rows = _timed(source)
+    parts = [phase_seconds(row) for row in rows]
+    names = {name: style.label for name, style in PHASES.items()} | {"other": "other"}
+    shown = [name for name in names if any(name in part for part in parts)]
+    k = k_name(rows)
+    records: list[dict[str, Any]] = []
+    for row, part in zip(rows, parts, strict=True):
+        record = method_columns(row, k)
+        record |= {f"{names[name].capitalize()} (s)": part.get(name) for name in shown}
+        record["Sum (s)"] = sum(part.values())
+        if any(other.get("tokens_per_second") for other in rows):
+            record["Tokens/s"] = row.get("tokens_per_second")
+        records.append(record)
+    formats = {name: "{:.3g}" for name in records[0] if name.endswith("(s)")}
+    return with_formats(pd.DataFrame(records), formats | {"Tokens/s": "{:,.0f}"})
+
+
+def split_figure(source: RunRecord | Iterable[Row], *, title: str = "") -> Figure:
+    """Seconds by phase as stacked bars, one per compression, with tokens/s at the end of the bar.
+
+    Args:
+        source: a run record or its result rows; rows without ``seconds`` are left out.
+        title: title above the axes.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        UsageError: no row has seconds by phase.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = _timed(source)
+    parts = [phase_seconds(row) for row in rows]
+    looks = {name: (style.label, style.colour, style.hatch) for name, style in PHASES.items()}
+    looks["other"] = ("other", "#B0B0B0", "|||")
+    places = list(range(len(rows)))
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(7.2, 1.3 + 0.31 * len(rows)), layout="constrained")
+        left = [0.0] * len(rows)
+        for name, (label, colour, hatch) in looks.items():
+            widths = [part.get(name, 0.0) for part in parts]
+            if not any(widths):
+                continue
+            axes.barh(
+                places,
+                widths,
+                left=left,
+                height=0.68,
+                color=colour,
+                hatch=hatch,
+                edgecolor="#ffffff90",
+                linewidth=0.6,
+                label=label,
+            )
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for place, row, end in zip(places, rows, left, strict=True):
+            speed = row.get("tokens_per_second")
+            if speed:
+                axes.annotate(
+                    f"{speed:,.0f} tokens/s",
+                    (end, place),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=NEUTRAL,
+                    fontsize=9,
+                )
+        labels = [f"{method_label(row['sparsification'], row['projection'])}, {row['k'] or 0:,}" for row in rows]
+        axes.set_yticks(places, labels)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, max(left) * (1.28 if any(row.get("tokens_per_second") for row in rows) else 1.05) or 1.0)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel(f"method, {k_name(rows)}")
+        axes.set_title(title)
+        figure.legend(loc="outside lower center", ncols=6, fontsize=9.5, handlelength=1.6, columnspacing=1.2)
+        plt.close(figure)
+    return figure
