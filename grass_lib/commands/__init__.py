@@ -1,0 +1,1 @@
+"""Sub-commands of ``grass`` that put an experiment, the gradient store and influence functions together."""

@@ -1,0 +1,78 @@
+"""The command ``grass attribute``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grass_lib.errors import UsageError
+
+_EXCERPT = 300
+
+
+def attribute(
+    query: Annotated[str, typer.Option("--query", metavar="TEXT|FILE", help="A prompt, or a text file with one.")],
+    store: Annotated[Path, typer.Option("--store", help="A finished gradient store.")],
+    k: Annotated[int, typer.Option("-k", help="How many proponents and opponents.")] = 5,
+    damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of the curvature.")] = 0.1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything to this file.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Print the training passages that made a prompt likelier, and those that made it less likely."""
+    text = read_query(query)
+    if k < 1:
+        raise UsageError(f"-k is {k}; expected at least 1")
+    if as_json is not None and not as_json.resolve().parent.is_dir():
+        raise UsageError(f"--json is {str(as_json)!r}, whose folder does not exist; make it first")
+    # Imported here, so that `grass --help` does not wait for torch.
+    from grass_lib.commands.tasks import StoreSource, influence_of
+    from grass_lib.store import GradientStore
+
+    found = GradientStore.open(store)
+    source = StoreSource.of_store(found)
+    task, influence = influence_of(source, store, device=device, progress=not quiet)
+    top = influence.topk([task.encode(text)], k=min(k, found.n_samples), **_damping(source.hessian, damping))
+    result: dict[str, Any] = {
+        "query": text,
+        "store": source.to_json(),
+        "damping": damping if source.hessian == "eFIM" else None,
+    }
+    for place, side in enumerate(("proponents", "opponents")):
+        pairs = zip(top.indices[0, place].tolist(), top.scores[0, place].tolist(), strict=True)
+        result[side] = [{"index": index, "score": score, "text": task.passage(index)} for index, score in pairs]
+    for side in ("proponents", "opponents"):
+        typer.echo(f"\n{side}")
+        for item in result[side]:
+            excerpt = " ".join(item["text"].split())
+            excerpt = excerpt if len(excerpt) <= _EXCERPT else excerpt[:_EXCERPT].rsplit(" ", 1)[0] + " ..."
+            typer.echo(f"{item['score']:+.4g}  [{item['index']}]  {excerpt}")
+    if as_json is not None:
+        from grass_lib.report.files import json_bytes, write_atomic
+
+        write_atomic(as_json, json_bytes(result))
+
+
+def read_query(query: str) -> str:
+    """The prompt itself: the content of a file where the words name one.
+
+    Raises:
+        UsageError: It is empty, or the file is not readable text.
+    """
+    path = Path(query)
+    try:
+        is_file = len(query) < 1024 and "\n" not in query and path.is_file()
+        text = path.read_text(encoding="utf-8") if is_file else query
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--query names the file {query!r}, which is not readable UTF-8 text ({error})") from error
+    if not text.strip():
+        raise UsageError("--query is empty; expected a prompt, or the path of a text file with one")
+    return text
+
+
+def _damping(hessian: str, damping: float) -> dict[str, float]:
+    return {"damping": damping} if hessian == "eFIM" else {}

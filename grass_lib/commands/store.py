@@ -1,0 +1,157 @@
+"""The command ``grass store``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grass_lib.errors import StoreError, UsageError
+
+app = typer.Typer(help="Gradient stores: cache, look at, check, mend, put together.", no_args_is_help=True)
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress bars.")]
+
+
+@app.command()
+def info(
+    store: StorePath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a store holds, how far it is, and what it was cached from."""
+    from grass_lib.store import GradientStore
+
+    found = GradientStore.open(store)
+    missing = found.missing()
+    value = {
+        "samples": found.n_samples,
+        "shards": found.n_shards,
+        "missing": missing,
+        "shard_size": found.shard_size,
+        "layers": len(found.layers),
+        "k": sum(found.layers.values()),
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "stored_bytes": found.stored_bytes,
+        "source": found.source,
+        "fingerprint": found.fingerprint,
+    }
+    if as_json:
+        typer.echo(json.dumps(value, indent=1))
+        return
+    state = "complete" if not missing else f"{len(missing)} of {found.n_shards} shards missing"
+    typer.echo(f"{found.n_samples:,} samples in {found.n_shards} shards of {found.shard_size:,}: {state}")
+    typer.echo(f"{len(found.layers)} layers, k = {value['k']:,} in all, {value['dtype']}, {found.stored_bytes:,} bytes")
+    source = found.source or {}
+    for name in ("experiment", "scale", "sparsification", "projection", "hessian", "seed"):
+        if name in source:
+            typer.echo(f"{name}: {source[name]}")
+
+
+@app.command()
+def verify(store: StorePath, quiet: Quiet = False) -> None:
+    """Read every shard and compare it with its checksum; exit 1 if something is missing or damaged."""
+    from grass_lib.store import GradientStore
+
+    found = GradientStore.open(store)
+    problems = found.verify(progress=not quiet)
+    for problem in problems:
+        typer.echo(f"shard {problem.number}: {problem.kind}: {problem.message}")
+    if problems:
+        raise StoreError(
+            f"{len(problems)} of {found.n_shards} shards are not as they should be; `grass store repair {store}` "
+            "computes only these again"
+        )
+    typer.echo(f"all {found.n_shards} shards are as they were written")
+
+
+@app.command()
+def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> None:
+    """Compute missing and damaged shards again, and only these."""
+    from grass_lib.commands.tasks import StoreSource, influence_of
+    from grass_lib.store import GradientStore
+
+    found = GradientStore.open(store)
+    problems = found.verify(progress=not quiet)
+    if not problems:
+        typer.echo(f"all {found.n_shards} shards are as they were written; nothing to do")
+        return
+    source = StoreSource.of_store(found)
+    for problem in problems:
+        typer.echo(f"shard {problem.number}: {problem.kind}")
+        if problem.kind != "missing":
+            found.drop(problem.number)
+    task, influence = influence_of(source, store, device=device, progress=not quiet)
+    influence.cache(task.train, n_samples=task.n_train)
+    typer.echo(f"computed {len(problems)} of {found.n_shards} shards again")
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores of the same settings.")],
+    into: Annotated[Path, typer.Option("--into", help="Folder of the whole store.")],
+) -> None:
+    """Put the shards of several workers' stores into one folder."""
+    from grass_lib.store import GradientStore
+
+    result = GradientStore.merge(list(sources), into)
+    typer.echo(f"{into}: {result.n_shards} shards, {result.stored_bytes:,} bytes")
+
+
+@app.command()
+def cache(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Such as gpt2_wikitext.")],
+    store: Annotated[Path, typer.Option("--store", help="Folder of the store; a killed run goes on there.")],
+    scale: Annotated[str, typer.Option(help="embedded or paper")] = "embedded",
+    sparsification: Annotated[str, typer.Option(metavar="TYPE-DIM*DIM", help="Stage 1.")] = "random_mask-16*16",
+    projection: Annotated[str, typer.Option(metavar="TYPE-DIM", help="Stage 2.")] = "identity",
+    hessian: Annotated[str, typer.Option(help="eFIM or Identity")] = "eFIM",
+    parameters: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A parameter of the notebook.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    worker: Annotated[
+        str, typer.Option(metavar="I/N", help="Write only the shards that leave I modulo N, such as 0/3.")
+    ] = "0/1",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Compute the compressed gradients of an experiment's training data."""
+    from grass_lib.commands.tasks import influence_of, planned_source
+    from grass_lib.runner.parameters import split_assignments
+    from grass_lib.store import GradientStore
+
+    number, count = parse_worker(worker)
+    source = planned_source(
+        experiment,
+        scale,
+        split_assignments(parameters or ()),
+        sparsification=sparsification,
+        projection=projection,
+        hessian=hessian,
+        seed=seed,
+        dtype=dtype,
+    )
+    task, influence = influence_of(source, store, device=device, progress=not quiet)
+    influence.cache(task.train, n_samples=task.n_train, worker=number, n_workers=count)
+    found = GradientStore.open(store)
+    missing = len(found.missing())
+    state = "complete" if not missing else f"{missing} of {found.n_shards} shards left to other workers"
+    typer.echo(f"{store}: {found.n_samples:,} samples, {found.stored_bytes:,} bytes, {state}")
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+    """Reads ``i/n``: worker i of n, counted from 0.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UsageError(f"--worker is {text!r}; expected i/n with i from 0 to n - 1, such as 0/3, 1/3 and 2/3")
+    return int(match[1]), int(match[2])

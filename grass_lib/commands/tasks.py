@@ -1,0 +1,166 @@
+"""From an experiment's name, or a finished store, to the influence function that fills it and asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    from grass_lib.attribution.influence import InfluenceFunction
+    from grass_lib.experiments.base import AttributionTask
+
+DTYPES = ("float32", "bfloat16", "float16")
+SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """What a store was, or will be, cached from.
+
+    Attributes:
+        experiment: Key of the experiment.
+        scale: ``embedded`` or ``paper``.
+        parameters: All parameters of the experiment's notebook.
+        sparsification: Stage 1.
+        projection: Stage 2.
+        hessian: ``eFIM`` or ``Identity``.
+        seed: Of the random maps.
+        dtype: Of the stored rows.
+    """
+
+    experiment: str
+    scale: str
+    parameters: Mapping[str, Any]
+    sparsification: str
+    projection: str
+    hessian: str
+    seed: int
+    dtype: str
+
+    @classmethod
+    def of_store(cls, store: Any) -> StoreSource:
+        """Reads it from a store's manifest.
+
+        Raises:
+            StoreError: The store was not written by ``grass store cache`` or a notebook of this project.
+        """
+        source = store.source or {}
+        missing = [name for name in SOURCE_FIELDS if name not in source]
+        if missing:
+            raise StoreError(
+                f"the store {store.path} does not say what it was cached from ({', '.join(missing)} missing in its "
+                "manifest); stores of `grass store cache` and of notebooks do"
+            )
+        return cls(**{name: source[name] for name in SOURCE_FIELDS})
+
+    def to_json(self) -> dict[str, Any]:
+        """For a store's manifest."""
+        return {name: getattr(self, name) for name in SOURCE_FIELDS} | {"parameters": dict(self.parameters)}
+
+
+def planned_source(
+    experiment: str,
+    scale: str,
+    assignments: Mapping[str, str],
+    *,
+    sparsification: str,
+    projection: str,
+    hessian: str,
+    seed: int,
+    dtype: str,
+) -> StoreSource:
+    """Checks everything that a user typed, before any model or data is loaded.
+
+    Args:
+        experiment: Key of the experiment.
+        scale: ``embedded`` or ``paper``.
+        assignments: Parameters of its notebook, as text.
+        sparsification: Stage 1.
+        projection: Stage 2.
+        hessian: ``eFIM`` or ``Identity``.
+        seed: Of everything random.
+        dtype: Of the stored rows.
+
+    Raises:
+        UsageError: Something cannot work.
+    """
+    from grass_lib.project import project_root
+    from grass_lib.runner.parameters import read_parameters, resolve
+    from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
+    from grass_lib.specs import CompressionSpec, parse_hessian
+
+    (name,) = check_names([experiment])
+    found = experiments_by_name()[name]
+    if found.attribution_task is None:
+        able = [key for key, item in experiments_by_name().items() if item.attribution_task is not None]
+        raise UsageError(f"{name} keeps no gradient store; expected one of {', '.join(able)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    spec = CompressionSpec.parse(sparsification=sparsification, projection=projection)
+    parameters = resolve(read_parameters(template_path(project_root(), found)), assignments, experiment=name)
+    if "seed" in parameters:
+        parameters["seed"] = seed
+    check_scale(scale)
+    if found.validate is not None:
+        found.validate(scale, parameters)
+    problems = found.check(scale)
+    if problems:
+        raise UsageError(f"{name}, scale {scale}: {'; '.join(problems)}")
+    return StoreSource(
+        experiment=name,
+        scale=scale,
+        parameters=parameters,
+        sparsification=str(spec.sparsification),
+        projection=str(spec.projection),
+        hessian=parse_hessian(hessian),
+        seed=seed,
+        dtype=dtype,
+    )
+
+
+def influence_of(
+    source: StoreSource, store: Path, *, device: str = "auto", progress: bool = True
+) -> tuple[AttributionTask, InfluenceFunction]:
+    """The experiment's task, and the influence function on a store of it.
+
+    Args:
+        source: What the store is cached from.
+        store: Its folder.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        progress: Whether bars are shown.
+
+    Raises:
+        UsageError: The device or the experiment is not usable here.
+        StoreError: The folder holds something else.
+    """
+    import torch
+
+    from grass_lib.attribution.influence import InfluenceFunction
+    from grass_lib.experiments.base import resolve_device
+    from grass_lib.runner.planning import experiments_by_name
+
+    build = experiments_by_name()[source.experiment].attribution_task
+    if build is None:
+        raise UsageError(f"{source.experiment} keeps no gradient store")
+    task = build(source.scale, source.parameters, resolve_device(device))
+    influence = InfluenceFunction(
+        task.model,
+        task.loss,
+        target=task.target,
+        layers=task.layers,
+        include_head=task.include_head,
+        sparsification=source.sparsification,
+        projection=source.projection,
+        hessian=source.hessian,
+        store=store,
+        dtype=getattr(torch, source.dtype),
+        seed=source.seed,
+        fingerprint={"data": task.data_sha256},
+        source=source.to_json(),
+        progress=progress,
+    )
+    return task, influence
