@@ -271,3 +271,25 @@ def test_left_overs_of_other_workers_stay(tmp_path):
     assert [name for name in sorted(contents(store.path)) if name.startswith(".")] == [".shard_00004.safetensors.tmp"]
     fill(store)
     assert not [name for name in contents(store.path) if name.startswith(".")]
+
+
+def test_shards_behind_a_failed_one_are_not_tried(tmp_path, monkeypatch):
+    store = create(tmp_path)
+    gate, tried = threading.Event(), []
+
+    def failing(folder, manifest, number, tensors):
+        tried.append(number)
+        assert gate.wait(5)
+        raise StoreError("no")
+
+    monkeypatch.setattr(store_module, "write_shard", failing)
+
+    def work():
+        with store.writer(max_pending=3) as writer:
+            for number in range(3):
+                writer.submit(number, shard(store, number))
+            gate.set()
+
+    with pytest.raises(StoreError, match="no"):
+        work()
+    assert tried == [0]
