@@ -134,7 +134,7 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     files = draw_record(best.record, folder, formats=("svg",))
     image = next(path for path in files if path.name.endswith("_lds.svg"))
     rows = pick_rows(best.record)
-    attributors = {ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]) for row in rows}
+    attributors = dict.fromkeys(str(ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"])) for row in rows)
     caption = (
         f"LDS against {k_name(rows)} ({', '.join(attributors)}), one line per compression, bars for the 95 % interval "
         f"over subsets and queries. Measured in run `{best.record.run_id}`"

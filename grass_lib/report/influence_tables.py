@@ -64,7 +64,8 @@ def split_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
         source: a run record or its result rows; rows without ``seconds`` are left out.
 
     Returns:
-        Columns of the method, one column per phase (s), ``Sum (s)`` and ``Tokens/s`` where a row has it.
+        Columns of the method (the compression as typed only where method and k do not tell two rows apart), one column
+        per phase (s), ``Sum (s)`` and ``Tokens/s`` where a row has it.
 
     Raises:
         UsageError: no row has seconds by phase.
@@ -79,13 +80,16 @@ def split_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
     records: list[dict[str, Any]] = []
     for row, part in zip(rows, parts, strict=True):
         record = method_columns(row, k)
-        record |= {f"{names[name].capitalize()} (s)": part.get(name) for name in shown}
+        record |= {f"{names[name].replace('/', ' / ').capitalize()} (s)": part.get(name) for name in shown}
         record["Sum (s)"] = sum(part.values())
         if any(other.get("tokens_per_second") for other in rows):
             record["Tokens/s"] = row.get("tokens_per_second")
         records.append(record)
     formats = {name: "{:.3g}" for name in records[0] if name.endswith("(s)")}
-    return with_formats(pd.DataFrame(records), formats | {"Tokens/s": "{:,.0f}"})
+    frame = pd.DataFrame(records)
+    if not frame.duplicated(["Method", k]).any():
+        frame = frame.drop(columns="Compression")
+    return with_formats(frame, formats | {"Tokens/s": "{:,.0f}"})
 
 
 def split_figure(source: RunRecord | Iterable[Row], *, title: str = "") -> Figure:

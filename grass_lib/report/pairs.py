@@ -51,7 +51,7 @@ PAIRS: tuple[Pair, ...] = (
         "GPT-2 small, fine-tuned",
         124_439_808,
         "4,656 training and 481 validation blocks of 512 tokens from WikiText-2",
-        "influence functions with the empirical Fisher matrix, factored compression of every linear layer",
+        "influence functions with the empirical Fisher matrix, factored compression of every linear layer but the last",
     ),
     Pair(
         "llama3_openwebtext",

@@ -34,11 +34,12 @@ _CSS = """
 .gp-list { list-style: none; margin: 0; padding: 0; }
 .gp-passage { margin: 0; padding: 0.5rem 0; border-top: 1px solid rgba(122, 122, 122, 0.45); }
 .gp-meta { display: flex; gap: 0.6rem; align-items: center; }
-.gp-score { font-variant-numeric: tabular-nums; font-weight: 600; min-width: 5.2em; }
-.gp-bar { flex: 1; height: 0.55rem; max-width: 9rem; background: rgba(122, 122, 122, 0.2); }
+.gp-score { font-variant-numeric: tabular-nums; font-weight: 600; min-width: 4.8em; }
+.gp-bar { flex: 0 1 7rem; min-width: 2rem; height: 0.55rem; background: rgba(122, 122, 122, 0.2); }
 .gp-bar span { display: block; height: 100%; }
 .gp-positive { background: #0072b2; }
 .gp-negative { background: #d55e00; }
+.gp-index { margin-left: auto; white-space: nowrap; }
 .gp-index, .gp-source { opacity: 0.8; }
 """
 
