@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from grass_lib.experiments.base import Experiment
+from grass_lib.experiments.base import AttributionTask, Experiment
 
 _SHARED = (
     "grass_lib.specs",
@@ -28,6 +28,22 @@ def _mlp_mnist_check(scale: str) -> list[str]:
 
 def _mlp_mnist_validate(scale: str, parameters: Mapping[str, Any]) -> None:
     import_module("grass_lib.experiments.mlp_mnist").validate(scale, parameters)
+
+
+def _gpt2_wikitext_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.gpt2_wikitext").data_fingerprint(scale)
+
+
+def _gpt2_wikitext_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.gpt2_wikitext").check(scale)
+
+
+def _gpt2_wikitext_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.gpt2_wikitext").validate(scale, parameters)
+
+
+def _gpt2_wikitext_task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
+    return import_module("grass_lib.experiments.gpt2_wikitext").task(scale, parameters, device)
 
 
 # The modules of an experiment are imported only when it is asked for something, so that the command line starts
@@ -52,6 +68,32 @@ EXPERIMENTS: dict[str, Experiment] = {
         check=_mlp_mnist_check,
         validate=_mlp_mnist_validate,
     ),
+    "gpt2_wikitext": Experiment(
+        name="gpt2_wikitext",
+        title="GPT-2 small + WikiText-2",
+        notebook="gpt2_wikitext.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.store",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.gpt2_wikitext",
+            "grass_lib.experiments.gpt2_banks",
+            "grass_lib.experiments.gpt2_protocol",
+            "grass_lib.experiments.gpt2_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.models.gpt2",
+            "grass_lib.experiments.data.blocks",
+            "grass_lib.experiments.data.sources",
+            "grass_lib.experiments.data.tokenizers",
+            "grass_lib.experiments.data.wikipedia",
+            "grass_lib.experiments.data.wikitext",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_gpt2_wikitext_fingerprint,
+        check=_gpt2_wikitext_check,
+        validate=_gpt2_wikitext_validate,
+        attribution_task=_gpt2_wikitext_task,
+    ),
 }
 
-__all__ = ["EXPERIMENTS", "Experiment"]
+__all__ = ["EXPERIMENTS", "AttributionTask", "Experiment"]

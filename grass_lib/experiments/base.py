@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grass_lib.gradients.outputs import Batch, Output
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionTask:
+    """What caching and querying need of an experiment: the model, its training data, its text.
+
+    Attributes:
+        model: The trained model, on the device, in evaluation mode.
+        loss: Loss of one sample, lower is better: what a training sample's gradient is taken of.
+        target: What queries ask about, higher is better; None for minus the loss.
+        layers: Which layers are captured.
+        include_head: Whether the output layer is captured too.
+        train: Training data in a fixed order, in batches of one size (the last may be smaller).
+        n_train: Training samples.
+        data_sha256: Of the training data in that order.
+        encode: ``encode(text)``: a prompt as a query batch of one; UsageError where it is too short.
+        passage: ``passage(index)``: the text of a training sample.
+        parameters: What rebuilds this task.
+    """
+
+    model: nn.Module
+    loss: Output
+    target: Output | None
+    layers: str
+    include_head: bool
+    train: Sequence[Batch]
+    n_train: int
+    data_sha256: str
+    encode: Callable[[str], Batch]
+    passage: Callable[[int], str]
+    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,6 +59,8 @@ class Experiment:
         data_fingerprint: ``data_fingerprint(scale)``: a hash of the data, DataError where they are missing.
         validate: ``validate(scale, parameters)``: UsageError where a parameter of the notebook cannot work.
         check: ``check(scale)``: why it would not work here, one sentence each; empty where it would.
+        attribution_task: ``attribution_task(scale, parameters, device)`` for caching and querying outside a notebook;
+            None where the experiment has none.
 
     Raises:
         UsageError: A field is empty.
@@ -36,6 +74,7 @@ class Experiment:
     data_fingerprint: Callable[[str], str]
     check: Callable[[str], list[str]]
     validate: Callable[[str, Mapping[str, Any]], None] | None = None
+    attribution_task: Callable[[str, Mapping[str, Any], str], AttributionTask] | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "title", "notebook", "modules", "scales"):

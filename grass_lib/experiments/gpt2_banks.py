@@ -1,0 +1,204 @@
+"""Base model, retraining bank and checkpoint of GPT-2 + WikiText-2, each kept in a folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grass_lib.errors import BankError
+from grass_lib.evaluation.bank_files import bank_lock, read_json, read_tensors, write_json, write_tensors
+from grass_lib.evaluation.group_store import GroupStore, TrainedGroup
+from grass_lib.evaluation.plan import BankPlan, Member
+from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
+from grass_lib.experiments.data.blocks import TextBlocks, blocks_hash
+from grass_lib.experiments.gpt2_protocol import Protocol
+from grass_lib.experiments.gpt2_trainer import TextTrainer, train_base, training_fingerprint, weights_hash
+from grass_lib.experiments.models.gpt2 import pretrained_weights
+
+# The model that stands in for the pretrained one is the same whatever a run's seed is.
+_BASE_SEED = 0
+# A checkpoint trained again may differ from the stored one by so much of the outputs' spread.
+_SAME_MODEL = 0.05
+
+
+def base_weights(
+    protocol: Protocol,
+    data: TextBlocks,
+    directory: str | Path,
+    *,
+    device: str = "auto",
+    compile: bool | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """The weights that fine-tuning starts from: OpenAI's, or those of a base model, trained when it is not there yet.
+
+    Args:
+        protocol: Of the scale.
+        data: Of the same protocol.
+        directory: Where banks are kept; a base model has a folder of its own there.
+        device: Where to train.
+        compile: Compiles the training pass; None does on a GPU.
+        progress: Shows a bar when it lasts.
+
+    Raises:
+        DataError: Pretrained weights cannot be had.
+        BankError: The file of a base model is damaged or cannot be written.
+    """
+    if protocol.base == "pretrained":
+        return pretrained_weights()
+    sha = blocks_hash(data.base_ids)
+    name = training_fingerprint(protocol.sizes, protocol.base_recipe, sha, f"seed {_BASE_SEED}", device, compile)
+    folder = Path(directory) / f"base-{name[:12]}"
+    weights, note = folder / "model.safetensors", folder / "model.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BankError(f"folder {folder} could not be made: {error.strerror or error}; make it writable") from error
+    with bank_lock(folder):
+        if not (note.is_file() and weights.is_file()):
+            trained = train_base(
+                data.base_ids,
+                protocol.sizes,
+                protocol.base_recipe,
+                seed=_BASE_SEED,
+                device=device,
+                compile=compile,
+                progress=progress,
+            )
+            # The checksum last: its presence means that the weights are whole.
+            note.unlink(missing_ok=True)
+            write_json(note, {"fingerprint": name, "sha256": write_tensors(weights, trained)})
+        head = read_json(note, "delete it to train the base model again")
+        return read_tensors(weights, str(head.get("sha256")), "the base model")
+
+
+def train_lds_bank(
+    protocol: Protocol,
+    data: TextBlocks,
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    compile: bool | None = None,
+    progress: bool = True,
+) -> RetrainingBank:
+    """Trains, or finishes, the bank that LDS is measured on, and before it the base model where there is none.
+
+    Args:
+        protocol: Of the scale.
+        data: Of the same protocol.
+        directory: Where banks are kept, each in a folder of its own; a killed run goes on there.
+        seed: Of subsets and models.
+        device: Where to train.
+        compile: Compiles the training pass; None does on a GPU.
+        progress: Shows a bar when it lasts.
+
+    Returns:
+        The bank; ``bank.metrics`` has the models' mean query ``loss`` and ``perplexity``.
+
+    Raises:
+        DataError: Pretrained weights cannot be had.
+        BankError: See `train_bank`.
+    """
+    base = base_weights(protocol, data, directory, device=device, compile=compile, progress=progress)
+    plan, fingerprint = _lds_plan(protocol, seed), _fingerprint(protocol, data, base, device, compile)
+    trainer = _LateTrainer(data, protocol, base, device, compile)
+    folder = _folder(directory, plan, fingerprint)
+    return train_bank(plan, trainer, folder, fingerprint=fingerprint, progress=progress)
+
+
+def attribution_checkpoint(
+    protocol: Protocol,
+    data: TextBlocks,
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    compile: bool | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Weights of the first model of the LDS bank, trained again from its streams when they are not on the disk.
+
+    Args:
+        protocol: Of the scale.
+        data: Of the same protocol.
+        directory: As for `train_lds_bank`; a bank that is not there is not trained.
+        seed: Of the bank.
+        device: Where to train; that of the bank.
+        compile: As for the bank.
+        progress: Shows a bar when it lasts.
+
+    Returns:
+        What `make_model` takes, on the CPU.
+
+    Raises:
+        DataError: Pretrained weights cannot be had.
+        BankError: The model is not the one whose outputs the bank has, or as in `train_bank`.
+    """
+    base = base_weights(protocol, data, directory, device=device, compile=compile, progress=progress)
+    fingerprint = _fingerprint(protocol, data, base, device, compile)
+    bank_plan = _lds_plan(protocol, seed)
+    plan = replace(bank_plan, n_models=1, second_seed_share=0.0, group_size=1)
+    trainer = _LateTrainer(data, protocol, base, device, compile)
+    folder = _folder(directory, plan, fingerprint)
+    one = train_bank(plan, trainer, folder, fingerprint=fingerprint, keep_weights=True, progress=progress)
+    stored = GroupStore(_folder(directory, bank_plan, fingerprint), bank_plan, fingerprint).read(0)
+    if stored is not None:
+        _check_same(one.outputs[0, 0], stored.outputs[0], folder)
+    return load_weights(folder)[0]
+
+
+class _LateTrainer:
+    """A trainer that builds and compiles its model when the first training begins, which may be never."""
+
+    def __init__(
+        self, data: TextBlocks, protocol: Protocol, base: Mapping[str, Tensor], device: str, compile: bool | None
+    ) -> None:
+        self._arguments = (data, protocol.sizes, base, protocol.recipe)
+        self._options: dict[str, Any] = {"device": device, "compile": compile}
+        self._trainer: TextTrainer | None = None
+
+    def __call__(self, subsets: Tensor, members: Sequence[Member]) -> TrainedGroup:
+        if self._trainer is None:
+            self._trainer = TextTrainer(*self._arguments, **self._options)
+        return self._trainer(subsets, members)
+
+
+def _lds_plan(protocol: Protocol, seed: int) -> BankPlan:
+    return BankPlan(
+        n_train=protocol.n_train,
+        n_models=protocol.n_lds,
+        seed=seed,
+        group_size=protocol.group_size,
+        second_seed_share=protocol.second_seed_share,
+    )
+
+
+def _fingerprint(
+    protocol: Protocol, data: TextBlocks, base: Mapping[str, Tensor], device: str, compile: bool | None
+) -> str:
+    return training_fingerprint(protocol.sizes, protocol.recipe, data.sha256, weights_hash(base), device, compile)
+
+
+def _folder(directory: str | Path, plan: BankPlan, fingerprint: str) -> Path:
+    """The bank's own folder, named after everything that decides its models."""
+    digest = hashlib.sha256(json.dumps([asdict(plan), fingerprint], sort_keys=True).encode()).hexdigest()
+    return Path(directory) / f"{plan.role}-{digest[:12]}"
+
+
+def _check_same(found: Tensor, stored: Tensor, folder: Path) -> None:
+    """Refuses a checkpoint that is not the model whose outputs the bank has."""
+    found, stored = found.double(), stored.double()
+    distance = (found - stored).square().mean().sqrt() / stored.std(correction=0).clamp_min(1e-12)
+    if not float(distance) <= _SAME_MODEL:
+        raise BankError(
+            f"the checkpoint in {folder} is not the bank's first model: their outputs differ by {float(distance):.3f} "
+            f"of their spread, expected at most {_SAME_MODEL}. The training code or its libraries have changed; delete "
+            "the folders of both to train them again"
+        )
