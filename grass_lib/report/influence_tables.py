@@ -84,6 +84,7 @@ def split_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
         record["Sum (s)"] = sum(part.values())
         if any(other.get("tokens_per_second") for other in rows):
             record["Tokens/s"] = row.get("tokens_per_second")
+        record["Compression"] = stage_text(row["sparsification"], row["projection"])
         records.append(record)
     formats = {name: "{:.3g}" for name in records[0] if name.endswith("(s)")}
     frame = pd.DataFrame(records)

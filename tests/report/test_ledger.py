@@ -1,8 +1,9 @@
 import json
+import shlex
 
 import pytest
 
-from grass_lib.report.ledger import FIELDS, ledger_rows
+from grass_lib.report.ledger import FIELDS, METRIC_TITLES, ledger_rows
 from grass_lib.report.published import published_rows
 from grass_lib.report.schema import RunRecord
 
@@ -136,6 +137,65 @@ def test_seconds_are_compared_as_ratios_within_the_run():
     assert (row["verdict"], row["measured"], row["interval"]) == ("not comparable", 6.0, None)
     theirs = published("normal-4096", "projection_seconds") / published("sjlt-4096", "projection_seconds")
     assert f"3.00 times sjlt-4096 here, {theirs:.2f} times as published" in row["reason"]
+
+
+def factored(sparsification, projection="identity", mean=0.2, seconds=2.0, **more):
+    row = result("x-256", mean, sparsification=sparsification, projection_seconds=seconds, **more)
+    return {**row, "attributor": "influence_efim", "projection": projection, "spec": f"{sparsification}->{projection}"}
+
+
+def gpt2(*rows, parameters=None, **options):
+    run = record(*rows, experiment="gpt2_wikitext", **options)
+    object.__setattr__(run, "parameters", parameters or {})
+    return run
+
+
+def test_factored_rows_meet_their_published_ones():
+    rows = ledger_rows(
+        [gpt2(factored("normal-16*16", mean=0.1188), factored("random_mask-32*32", "sjlt-256", 0.2, seconds=0.5))]
+    )
+    logra = find(rows, "identity", sparsification="normal-16*16", experiment="gpt2_wikitext")
+    assert (logra["measured"], logra["verdict"], logra["k"], logra["operator"]) == (0.1188, "reproduced", 256, "x")
+    assert "damping 0.1, published 0.0001, both relative to the mean eigenvalue" in logra["reason"]
+    fact = find(rows, "sjlt-256", sparsification="random_mask-32*32", experiment="gpt2_wikitext")
+    assert (fact["measured"], fact["verdict"]) == (0.2, "differs")
+    time = find(rows, "sjlt-256", "projection_seconds", sparsification="random_mask-32*32", experiment="gpt2_wikitext")
+    ratio = 6.579 / 20.4839
+    assert f"0.25 times LoGra at k = 256 per layer here, {ratio:.2f} times as published" in time["reason"]
+
+
+def test_reasons_name_the_data_and_the_base_that_a_run_chose():
+    chosen = {"data": "validation+test", "base": "scratch"}
+    substitute = gpt2(factored("normal-16*16"), parameters=chosen, kind="substitute", weights="substitute")
+    rows = ledger_rows([substitute])
+    row = find(rows, "identity", sparsification="normal-16*16", experiment="gpt2_wikitext")
+    assert row["verdict"] == "not comparable"
+    assert "substitute data (data=validation+test, base=scratch)" in row["reason"]
+
+
+def test_missing_factored_rows_say_which_command_makes_them(monkeypatch):
+    from grass_lib.runner.planning import compression_parameters
+
+    monkeypatch.setattr("grass_lib.experiments.EXPERIMENTS", {"gpt2_wikitext": None}, raising=False)
+    chosen = {"data": "validation+test", "base": "scratch"}
+    rows = ledger_rows([gpt2(factored("normal-16*16"), parameters=chosen)])
+    mask = find(rows, "sjlt-256", sparsification="random_mask-32*32", experiment="gpt2_wikitext")
+    assert "(data=validation+test, base=scratch) has no such row" in mask["reason"]
+    command = shlex.split(mask["reason"].split("`")[1])
+    assert command[:5] == ["grass", "run", "gpt2_wikitext", "--scale", "paper"]
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    specs = compression_parameters([options["--sparsification"]], [options["--projection"]])
+    assert specs == {"specs": "random_mask-32*32->sjlt-256"}
+    selective = find(rows, "identity", sparsification="selective_mask-16*16", experiment="gpt2_wikitext")
+    assert selective["verdict"] == "not run"
+    assert "mask that is fitted" in selective["reason"]
+    nothing = find(ledger_rows([]), "identity", sparsification="normal-16*16", experiment="gpt2_wikitext")
+    assert "`grass run gpt2_wikitext --scale paper`" in nothing["reason"]
+
+
+def test_metrics_have_words():
+    assert {row["metric"] for row in ledger_rows([])} == set(METRIC_TITLES)
+    assert not any("_" in title for title in METRIC_TITLES.values())
 
 
 def test_published_fjlt_is_set_beside_rademacher_and_our_fjlt_is_mentioned():

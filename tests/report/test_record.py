@@ -342,3 +342,32 @@ def test_seconds_of_each_checkpoint_count_with_their_median_and_an_interval():
     assert seconds_fields(1.5) == {"projection_seconds": 1.5}
     assert seconds_fields(None) == {"projection_seconds": None}
     assert seconds_fields([2.0] * 4)["projection_seconds_interval"] == [8.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seconds", {"gradients": -1.0}),
+        ("seconds", 3.0),
+        ("k_total", -1),
+        ("layers", 1.5),
+        ("head_included", 1),
+        ("tokens_per_second", "fast"),
+        ("stored_bytes", 0.5),
+    ],
+)
+def test_fields_of_influence_rows_are_checked_where_they_are(project, field, value):
+    run = begin()
+    good = {
+        "seconds": {"gradients": 1.0, "scoring": 0.0},
+        "k_total": 12_288,
+        "layers": 48,
+        "head_included": False,
+        "tokens_per_second": 10.0,
+        "stored_bytes": 5,
+    }
+    spec = {"attributor": "influence_efim", "spec": "random_mask-32*32->sjlt-256", "damping": 0.1}
+    row = run.result(**spec, **good)
+    assert (row["k"], row["operator"], row["sparsification"]) == (256, "sjlt", "random_mask-32*32")
+    with pytest.raises(RecordError, match=field):
+        run.result(**spec, **{**good, field: value})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from book_fixtures import toy_record, write_run
+from book_fixtures import text_record, toy_record, write_run
 
 from grass_lib.errors import UsageError
 from grass_lib.report.book import assemble, newest_verified
@@ -58,6 +58,22 @@ def test_committed_run_is_shown_when_runs_has_none(sources: Path, monkeypatch: p
     monkeypatch.setenv("GRASS_RUNS", str(sources / "elsewhere"))
     (shown,) = assemble(sources)
     assert shown.record.run_id == "later"
+
+
+def test_a_run_on_substitutes_is_not_the_figure_of_the_introduction(sources: Path) -> None:
+    write_run(sources / "runs/text", text_record("text"))
+    assemble(sources)
+    headline = sources / "book/_generated/headline.md"
+    assert "LDS against k per layer (influence function, eFIM)" in headline.read_text()
+    write_run(sources / "runs/toy", toy_record("toy"))
+    assemble(sources)
+    assert "LDS against k (TRAK)" in headline.read_text()
+    rows = json.loads((sources / "book/_generated/ledger.json").read_text())
+    measured = [row for row in rows if row["measured"] is not None]
+    assert len(measured) == 24
+    assert {row["verdict"] for row in measured} == {"not comparable"}
+    pairs = (sources / "book/_generated/pairs.md").read_text()
+    assert "{doc}`executed/gpt2_wikitext_embedded`, {doc}`executed/gpt2_wikitext_paper`" in pairs
 
 
 def test_embedded_run_never_fills_the_ledger(sources: Path) -> None:

@@ -165,6 +165,43 @@ def test_narrow_page_does_not_scroll_sideways(browser: Any, built_book: Path, pa
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (390, 1)])
+def test_passages_stand_side_by_side_where_there_is_room(
+    browser: Any, built_book: Path, width: int, columns: int
+) -> None:
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        _open(browser, built_book, "book/executed/gpt2_wikitext_paper")
+        script = (
+            "return [...document.querySelectorAll('.gp-sides')].map("
+            "box => new Set([...box.children].map(side => side.getBoundingClientRect().left)).size)"
+        )
+        assert browser.execute_script(script) == [columns] * 3
+        assert browser.execute_script("return document.querySelectorAll('.grass-passages mjx-container').length") == 0
+        wide = (
+            "return [...document.querySelectorAll('.grass-passages *')].filter("
+            "node => node.clientWidth && node.scrollWidth > node.clientWidth + 1).length"
+        )
+        assert browser.execute_script(wide) == 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_passages_are_readable_in_both_themes(browser: Any, built_book: Path, theme: str) -> None:
+    _open(browser, built_book, "book/executed/gpt2_wikitext_paper", theme)
+    script = (
+        "const back = node => { for (let n = node; n; n = n.parentElement) {"
+        "const c = getComputedStyle(n).backgroundColor; if (!c.startsWith('rgba(0, 0, 0, 0')) return c; } return 'rgb(255, 255, 255)'; };"
+        "return ['.gp-query p', '.gp-score', '.gp-index', '.gp-passage p', '.gp-source'].map(name => {"
+        "const node = document.querySelector(name); return [getComputedStyle(node).color, back(node)]})"
+    )
+    for text, background in browser.execute_script(script):
+        low, high = sorted((_luminance(text), _luminance(background)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
 def _luminance(colour: str) -> float:
     numbers = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in numbers]
