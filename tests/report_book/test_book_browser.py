@@ -193,7 +193,8 @@ def test_passages_are_readable_in_both_themes(browser: Any, built_book: Path, th
     _open(browser, built_book, "book/executed/gpt2_wikitext_paper", theme)
     script = (
         "const back = node => { for (let n = node; n; n = n.parentElement) {"
-        "const c = getComputedStyle(n).backgroundColor; if (!c.startsWith('rgba(0, 0, 0, 0')) return c; } return 'rgb(255, 255, 255)'; };"
+        "const c = getComputedStyle(n).backgroundColor; if (!c.startsWith('rgba(0, 0, 0, 0')) return c; }"
+        "return 'rgb(255, 255, 255)'; };"
         "return ['.gp-query p', '.gp-score', '.gp-index', '.gp-passage p', '.gp-source'].map(name => {"
         "const node = document.querySelector(name); return [getComputedStyle(node).color, back(node)]})"
     )
