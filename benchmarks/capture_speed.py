@@ -134,20 +134,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--uncompiled", action="store_true", help="Measure caching without compilation too.")
+    parser.add_argument(
+        "--how",
+        default="compiled+graph,compiled,plain+graph,plain",
+        help="Ways to run a step: compiled, graph (recorded as a CUDA graph), both, or plain.",
+    )
+    parser.add_argument("--specs", default=",".join(SPECS), help="Which presets.")
+    parser.add_argument("--no-compiled-training", action="store_true")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.dtypes.split(","):
         dtype = getattr(torch, name)
         model, batch = make_model(dtype, arguments.layers), make_batch(arguments.batch)
-        variants = [(True, True), (True, False), *([(False, True), (False, False)] if arguments.uncompiled else [])]
+        variants = [tuple(word in how for word in ("compiled", "graph")) for how in arguments.how.split(",")]
         steps: list[tuple[str, bool, bool, Callable[[], Callable[..., None]]]] = []
         for compiled, graph in variants:
             steps.append(("activations", compiled, graph, partial(activations_step, model, compiled, graph)))
-            for label, spec in SPECS.items():
+            for label, spec in ((label, SPECS[label]) for label in arguments.specs.split(",")):
                 build = partial(caching_step, model, compiled, graph, spec, torch.bfloat16)
                 steps.append((label, compiled, graph, build))
-        steps += [("training", compiled, False, partial(training_step, model, compiled)) for compiled in (False, True)]
+        steps += [
+            ("training", compiled, False, partial(training_step, model, compiled))
+            for compiled in ((False,) if arguments.no_compiled_training else (False, True))
+        ]
         for label, compiled, graph, build in steps:
             torch._dynamo.reset()
             seconds, peak = measure(build(), batch, arguments.repeats)

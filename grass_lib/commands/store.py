@@ -85,7 +85,7 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
         typer.echo(f"shard {problem.number}: {problem.kind}")
         if problem.kind != "missing":
             found.drop(problem.number)
-    task, influence = influence_of(source, store, device=device, progress=not quiet)
+    task, influence = influence_of(source, store, shard_size=found.shard_size, device=device, progress=not quiet)
     influence.cache(task.train, n_samples=task.n_train)
     typer.echo(f"computed {len(problems)} of {found.n_shards} shards again")
 
@@ -118,6 +118,9 @@ def cache(
     worker: Annotated[
         str, typer.Option(metavar="I/N", help="Write only the shards that leave I modulo N, such as 0/3.")
     ] = "0/1",
+    shard_size: Annotated[
+        int | None, typer.Option(help="Samples in a shard, a multiple of the batch size; the largest up to 1,024.")
+    ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -137,7 +140,9 @@ def cache(
         seed=seed,
         dtype=dtype,
     )
-    task, influence = influence_of(source, store, device=device, progress=not quiet)
+    if shard_size is not None and shard_size < 1:
+        raise UsageError(f"--shard-size is {shard_size}; expected at least 1")
+    task, influence = influence_of(source, store, shard_size=shard_size, device=device, progress=not quiet)
     influence.cache(task.train, n_samples=task.n_train, worker=number, n_workers=count)
     found = GradientStore.open(store)
     missing = len(found.missing())

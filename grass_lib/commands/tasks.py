@@ -123,13 +123,19 @@ def planned_source(
 
 
 def influence_of(
-    source: StoreSource, store: Path, *, device: str = "auto", progress: bool = True
+    source: StoreSource,
+    store: Path,
+    *,
+    shard_size: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
 ) -> tuple[AttributionTask, InfluenceFunction]:
     """The experiment's task, and the influence function on a store of it.
 
     Args:
         source: What the store is cached from.
         store: Its folder.
+        shard_size: Samples in a shard of a store to be made.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: Whether bars are shown.
 
@@ -159,6 +165,7 @@ def influence_of(
         store=store,
         dtype=getattr(torch, source.dtype),
         seed=source.seed,
+        shard_size=shard_size,
         fingerprint={"data": task.data_sha256},
         source=source.to_json(),
         progress=progress,

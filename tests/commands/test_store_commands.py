@@ -1,0 +1,168 @@
+"""`grass store` and `grass attribute` on a toy experiment: typed as users type them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zoo
+from torch.nn import functional
+
+from grass_lib.cli import main
+from grass_lib.commands import tasks
+from grass_lib.commands.attribute import read_query
+from grass_lib.commands.store import parse_worker
+from grass_lib.errors import UsageError
+from grass_lib.experiments.base import AttributionTask
+from grass_lib.gradients.outputs import Output
+from grass_lib.store import GradientStore
+
+N, BATCH = 23, 2
+SETTINGS = ["--sparsification", "random_mask-3*3", "--projection", "sjlt-4", "--dtype", "float32"]
+
+
+def loss(model, batch) -> torch.Tensor:
+    (ids,) = batch
+    following = functional.pad(ids[:, 1:], (0, 1), value=-100)
+    losses = functional.cross_entropy(model(ids).flatten(0, 1), following.flatten(), reduction="none")
+    return losses.view(ids.shape).sum(dim=1)
+
+
+def task(scale: str, parameters, device: str) -> AttributionTask:
+    (ids,) = zoo.make_samples("text", N)
+    loss_function: Output = loss
+    return AttributionTask(
+        model=zoo.make_model("text"),
+        loss=loss_function,
+        target=None,
+        layers="linear",
+        include_head=False,
+        train=[(part,) for part in ids.split(BATCH)],
+        n_train=N,
+        data_sha256="0" * 64,
+        encode=lambda text: (torch.tensor([[1 + ord(letter) % 10 for letter in text]]),),
+        passage=lambda index: f"passage {index}: " + " ".join(map(str, ids[index].tolist())),
+        parameters=parameters,
+    )
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(
+        "grass_lib.runner.planning.experiments_by_name", lambda: {"toy": SimpleNamespace(attribution_task=task)}
+    )
+    monkeypatch.setattr(
+        tasks,
+        "planned_source",
+        lambda experiment, scale, assignments, **stages: tasks.StoreSource(experiment, scale, {}, **stages),
+    )
+
+
+def cache(folder, *more) -> int:
+    return main(["store", "cache", "toy", "--store", str(folder), "--shard-size", "4", "-q", *SETTINGS, *more])
+
+
+def content(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def test_three_workers_merged_equal_one(tmp_path, capsys):
+    assert cache(tmp_path / "one") == 0
+    assert "complete" in capsys.readouterr().out
+    for worker in range(3):
+        assert cache(tmp_path / f"part{worker}", "--worker", f"{worker}/3") == 0
+        assert len(GradientStore.open(tmp_path / f"part{worker}").missing()) == 4
+        assert "left to other workers" in capsys.readouterr().out
+    parts = [str(tmp_path / f"part{worker}") for worker in range(3)]
+    assert main(["store", "merge", *parts, "--into", str(tmp_path / "all")]) == 0
+    assert content(tmp_path / "all") == content(tmp_path / "one")
+    for worker in range(3):
+        assert cache(tmp_path / "shared", "--worker", f"{worker}/3") == 0
+    assert content(tmp_path / "shared") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_flipped_byte_is_found_and_mended(number, tmp_path, capsys):
+    cache(tmp_path)
+    before = content(tmp_path)
+    assert main(["store", "verify", str(tmp_path), "-q"]) == 0
+    file = tmp_path / f"shard_{number:05d}.safetensors"
+    changed = bytearray(before[file.name])
+    changed[-3 - 17 * number] ^= 4
+    file.write_bytes(changed)
+    capsys.readouterr()
+    assert main(["store", "verify", str(tmp_path), "-q"]) == 1
+    shown = capsys.readouterr()
+    assert f"shard {number}: damaged" in shown.out
+    assert "grass store repair" in shown.err.replace("\n", " ")
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard_*") if path != file}
+    assert main(["store", "repair", str(tmp_path), "-q"]) == 0
+    assert content(tmp_path) == before
+    others = {name: when for name, when in kept.items() if f"{number:05d}" not in name}
+    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in others.items())
+    assert main(["store", "repair", str(tmp_path), "-q"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_info_in_words_and_json(tmp_path, capsys):
+    cache(tmp_path, "--worker", "0/2")
+    capsys.readouterr()
+    assert main(["store", "info", str(tmp_path)]) == 0
+    assert "3 of 6 shards missing" in capsys.readouterr().out
+    assert main(["store", "info", str(tmp_path), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["samples"], value["missing"], value["layers"], value["k"]) == (N, [1, 3, 5], 4, 16)
+    assert value["source"]["sparsification"] == "random_mask-3*3"
+
+
+def test_attribute_prints_and_writes_signed_passages(tmp_path, capsys):
+    cache(tmp_path / "store")
+    file = tmp_path / "prompt.txt"
+    file.write_text("abcdefg")
+    capsys.readouterr()
+    words = ["attribute", "--store", str(tmp_path / "store"), "-k", "3", "-q", "--json", str(tmp_path / "out.json")]
+    assert main([*words, "--query", str(file)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["query"] == "abcdefg"
+    scores = [item["score"] for item in found["proponents"]]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] > found["opponents"][-1]["score"] >= found["opponents"][0]["score"]
+    for item in found["proponents"] + found["opponents"]:
+        assert item["text"].startswith(f"passage {item['index']}: ")
+        assert f"{item['score']:+.4g}" in shown
+    source = tasks.StoreSource.of_store(GradientStore.open(tmp_path / "store"))
+    made, influence = tasks.influence_of(source, tmp_path / "store", device="cpu", progress=False)
+    matrix = influence.attribute([made.encode("abcdefg")], damping=0.1)[:, 0]
+    assert found["proponents"][0]["index"] == int(matrix.argmax())
+    assert found["opponents"][0]["index"] == int(matrix.argmin())
+
+
+def test_an_unfinished_store_is_not_asked(tmp_path, capsys):
+    cache(tmp_path, "--worker", "1/3")
+    assert main(["attribute", "--store", str(tmp_path), "--query", "abc", "-q"]) == 2
+    assert "4 of 6 shards are missing" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_another_setting_is_refused_with_both_values(tmp_path, capsys):
+    cache(tmp_path)
+    assert cache(tmp_path, "--seed", "1") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "seed" in shown
+    assert "0" in shown
+    assert "1" in shown
+
+
+@pytest.mark.parametrize("text", ["", "3", "3/3", "-1/3", "a/b", "1/0", "0/3/1"])
+def test_wrong_workers(text):
+    with pytest.raises(UsageError, match="i/n"):
+        parse_worker(text)
+
+
+def test_queries(tmp_path):
+    assert read_query("no such file.txt") == "no such file.txt"
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="UTF-8"):
+        read_query(str(tmp_path / "binary"))
+    with pytest.raises(UsageError, match="empty"):
+        read_query("  ")
