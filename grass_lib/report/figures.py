@@ -312,7 +312,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     for path in paths:
-        for written in draw_record(load_record(path), options.output):
+        record = load_record(path)
+        # A variant, such as a run with absolute damping beside it, must not take the place of the pair's own figures.
+        if path.parent.name != f"{record.experiment}-{record.scale}":
+            continue
+        for written in draw_record(record, options.output):
             logger.info("%s", written)
     return 0
 

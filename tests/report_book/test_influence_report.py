@@ -131,6 +131,19 @@ def test_committed_record_of_the_pair_is_drawn(tmp_path: Path) -> None:
     }
 
 
+def test_a_variant_beside_the_committed_run_does_not_draw_over_it(tmp_path: Path) -> None:
+    rows = [{**row, "lds": {**row["lds"], "mean": 0.0, "interval": None}} for row in factored_rows()]
+    runs = {"gpt2_wikitext-paper": text_record(), "gpt2_wikitext-paper-other": text_record(results=rows)}
+    for name, record in runs.items():
+        (tmp_path / "measured" / name).mkdir(parents=True)
+        (tmp_path / "measured" / name / "record.json").write_text(json.dumps(record.to_json()))
+    assert main(["--measured", str(tmp_path / "measured"), "--output", str(tmp_path / "figures")]) == 0
+    wanted = draw_record(text_record(), tmp_path / "wanted")
+    assert [(tmp_path / "figures" / path.name).read_bytes() for path in wanted] == [
+        path.read_bytes() for path in wanted
+    ]
+
+
 def test_figures_are_the_same_bytes_each_time_and_a_run_without_times_has_no_figure_of_them(tmp_path: Path) -> None:
     first = draw_record(text_record(), tmp_path / "a")
     second = draw_record(text_record(), tmp_path / "b")
