@@ -133,15 +133,17 @@ def protocol(scale: str, *, n_lds: int = 0, data: str = wikitext.OFFICIAL, base:
             data=WIKIPEDIA,
             base="scratch",
             length=128,
-            n_train=384,
+            n_train=256,
             n_query=50,
             n_base=3072,
             n_lds=10,
             second_seed_share=0.5,
             group_size=1,
             sizes=GPT2Sizes(layers=2, width=64, heads=4, vocabulary=1024, positions=128),
-            recipe=TextRecipe(lr=1e-3),
-            base_recipe=TextRecipe(lr=3e-3, epochs=1, schedule="cosine", warmup=0.05, reshuffle=True),
+            recipe=TextRecipe(lr=1e-3, batch_size=4),
+            base_recipe=TextRecipe(
+                lr=3e-3, epochs=1, batch_size=4, schedule="cosine", warmup=0.05, reshuffle=True, dropout=0.0
+            ),
             ks=(16, 64, 256),
         )
     else:

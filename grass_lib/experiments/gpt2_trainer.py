@@ -183,14 +183,15 @@ class TrainingLoop:
         model, recipe = self.model, self._recipe
         load_weights(model, start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-        batches = [part for epoch in recipe.orders(order, len(ids)) for part in epoch.split(recipe.batch_size)]
+        orders = recipe.orders(order, len(ids)).to(self.device)
+        batches = [part for epoch in orders for part in epoch.split(recipe.batch_size)]
         low, high = dropout.key
         model.train()
         try:
             with _reproducible(self.device, (high & 0x7FFFFFFF) << 32 | low):
                 for step, rows in enumerate(tqdm(batches, desc=title, unit="step", delay=3, disable=not title)):
                     optimizer.param_groups[0]["lr"] = recipe.rate(step, len(batches))
-                    self._loss(model, ids[rows.to(self.device)]).backward()
+                    self._loss(model, ids[rows]).backward()
                     optimizer.step()
                     optimizer.zero_grad()
         finally:

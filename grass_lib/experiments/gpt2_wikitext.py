@@ -7,6 +7,7 @@ the first of those models.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -193,6 +194,9 @@ def _protocol_of(scale: str, parameters: Mapping[str, Any]) -> Protocol:
 
 def _problems(chosen: Protocol) -> list[str]:
     """What keeps data or weights of a protocol from being had here; asks nothing of the network."""
+    missing = [name for name in ("transformers", "tokenizers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return [f"GPT-2 needs {' and '.join(missing)}, not installed here; run `make setup`"]
     try:
         if chosen.data == WIKIPEDIA:
             articles_fingerprint()

@@ -194,6 +194,29 @@ def test_substitute_data(small_wikitext):
     assert "training split left out" in data.source
 
 
+@pytest.mark.parametrize(("data", "version"), [("wikitext-2-raw-v1", "raw-v1"), ("validation+test", "v1")])
+def test_hub(small_wikitext, monkeypatch, data, version):
+    _, splits, _ = small_wikitext
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        return {"text": splits[split]}
+
+    expected = wikitext.load_wikitext(data)
+    monkeypatch.delenv("GRASS_DATA")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert wikitext.load_wikitext(data).sha256 == expected.sha256
+    assert asked == [("Salesforce/wikitext", f"wikitext-2-{version}", split) for split in wikitext._SPLITS[data]]
+
+    def fail(path, name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(DataError, match="no network.*Set GRASS_DATA"):
+        wikitext.load_wikitext(data)
+
+
 def test_other_text_is_not_called_official(small_wikitext, tokenizer, monkeypatch):
     folder, splits, counts = small_wikitext
     texts = [text.replace("sea", "<unk>") for text in splits["train"]]

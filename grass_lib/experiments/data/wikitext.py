@@ -18,11 +18,13 @@ from grass_lib.experiments.data.blocks import TextBlocks, blocks_hash, cut_block
 from grass_lib.experiments.data.sources import grass_data
 from grass_lib.experiments.data.tokenizers import Tokenizer, gpt2_tokenizer
 
-HUB, HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
+HUB = "Salesforce/wikitext"
 OFFICIAL, SUBSTITUTE = "wikitext-2-raw-v1", "validation+test"
 CHOICES = (OFFICIAL, SUBSTITUTE)
 """The paper's data, and what stands in for them where the training split cannot be had."""
 LENGTH = 512
+# The substitute is defined on the version with rare words as <unk>, whose splits give other numbers of blocks.
+_HUB_NAMES = {OFFICIAL: "wikitext-2-raw-v1", SUBSTITUTE: "wikitext-2-v1"}
 _SPLITS = {OFFICIAL: ("train", "validation"), SUBSTITUTE: ("validation", "test")}
 # Blocks of 512 that each split must give.
 _COUNTS = {OFFICIAL: {"train": 4656, "validation": 481}, SUBSTITUTE: {"validation": 502, "test": 574}}
@@ -37,7 +39,7 @@ def load_wikitext(data: str = OFFICIAL) -> TextBlocks:
 
     ``wikitext-2-raw-v1``: 4,656 training blocks and 481 validation blocks as queries. ``validation+test``, which is not
     the paper's training set: the 502 blocks of the validation split and the first 374 of the test split to train on,
-    the last 200 of the test split as queries.
+    the last 200 of the test split as queries (an article may have blocks on both sides of that cut).
 
     Raises:
         UsageError: ``data`` is another word.
@@ -63,7 +65,7 @@ def load_wikitext(data: str = OFFICIAL) -> TextBlocks:
         train, queries = torch.cat([train, queries[:n]]), queries[n:]
         train_titles, query_titles = [*train_titles, *query_titles[:n]], query_titles[n:]
     raw = not any("<unk>" in text for texts in rows.values() for text in texts)
-    place = f"{HUB}, {HUB_NAME} on the hub" if grass_data() is None else "GRASS_DATA/wikitext2"
+    place = f"{HUB}, {_HUB_NAMES[data]} on the hub" if grass_data() is None else "GRASS_DATA/wikitext2"
     note = "" if data == OFFICIAL else ", the training split left out"
     return TextBlocks(
         train_ids=train,
@@ -134,7 +136,7 @@ def wikitext_fingerprint() -> str:
     """
     folder = grass_data()
     if folder is None:
-        return f"hub:{HUB}/{HUB_NAME}"
+        return f"hub:{HUB}"
     paths = sorted((folder / "wikitext2").glob("*-00000-of-00001.parquet"))
     if not paths:
         raise DataError(f"GRASS_DATA has no wikitext2/*.parquet; expected the parquet files of {HUB} on the hub")
@@ -150,10 +152,10 @@ def wikitext_fingerprint() -> str:
 def _remedy(data: str) -> str:
     if data == OFFICIAL:
         return (
-            f"put the files of {HUB} ({HUB_NAME}) there, or run with -p data={SUBSTITUTE} -p base=scratch, which is "
-            "not the paper's training set"
+            f"put the files of {HUB} ({_HUB_NAMES[data]}) there, or run with -p data={SUBSTITUTE} -p base=scratch, "
+            "which is not the paper's training set"
         )
-    return f"put the files of {HUB} there, or unset GRASS_DATA to use the hub"
+    return f"put the files of {HUB} ({_HUB_NAMES[data]}) there, or unset GRASS_DATA to use the hub"
 
 
 def _paths(folder: Path, data: str) -> list[Path]:
@@ -163,7 +165,7 @@ def _paths(folder: Path, data: str) -> list[Path]:
 def _rows(data: str, split: str) -> list[str]:
     folder = grass_data()
     if folder is None:
-        return _hub_rows(split)
+        return _hub_rows(_HUB_NAMES[data], split)
     path = folder / "wikitext2" / f"{split}-00000-of-00001.parquet"
     if not path.is_file():
         raise DataError(f"GRASS_DATA has no wikitext2/{path.name}; {_remedy(data)}")
@@ -181,16 +183,16 @@ def _rows(data: str, split: str) -> list[str]:
         ) from error
 
 
-def _hub_rows(split: str) -> list[str]:
+def _hub_rows(name: str, split: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError("reading WikiText-2 needs datasets, not installed here; run `make setup`") from error
     try:
-        rows: Any = load_dataset(HUB, HUB_NAME, split=split)
+        rows: Any = load_dataset(HUB, name, split=split)
         return [str(text) for text in rows["text"]]
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"WikiText-2 could not be read from the hub ({HUB}, {HUB_NAME}): {type(error).__name__}: {error}. Set "
+            f"WikiText-2 could not be read from the hub ({HUB}, {name}): {type(error).__name__}: {error}. Set "
             f"GRASS_DATA to a folder that has wikitext2/{split}-00000-of-00001.parquet, or run with scale=embedded"
         ) from error
