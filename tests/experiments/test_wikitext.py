@@ -213,7 +213,7 @@ def test_hub(small_wikitext, monkeypatch, data, version):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(DataError, match="no network.*Set GRASS_DATA"):
+    with pytest.raises(DataError, match=r"no network.*Set GRASS_DATA"):
         wikitext.load_wikitext(data)
 
 
