@@ -8,20 +8,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grass_lib.attribution import TRAK, GradientCosine, TopK, TracIn, topk
+    from grass_lib.attribution import (
+        TRAK,
+        FactGraSS,
+        GradientCosine,
+        InfluenceFunction,
+        LoGra,
+        TopK,
+        TracIn,
+        topk,
+    )
     from grass_lib.errors import GrassError, UsageError
     from grass_lib.evaluation import LDSResult, RetrainingBank, lds
     from grass_lib.projection import Mask, Projector, build_projector
     from grass_lib.specs import CompressionSpec
+    from grass_lib.store import GradientStore
 
 __version__ = "0.1.0"
 
 # Imported at first use, so that `grass --help` does not wait for torch.
 _HOMES = {
     "CompressionSpec": "grass_lib.specs",
+    "FactGraSS": "grass_lib.attribution",
     "GradientCosine": "grass_lib.attribution",
+    "GradientStore": "grass_lib.store",
     "GrassError": "grass_lib.errors",
+    "InfluenceFunction": "grass_lib.attribution",
     "LDSResult": "grass_lib.evaluation",
+    "LoGra": "grass_lib.attribution",
     "Mask": "grass_lib.projection",
     "Projector": "grass_lib.projection",
     "RetrainingBank": "grass_lib.evaluation",
@@ -37,9 +51,13 @@ _HOMES = {
 __all__ = [
     "TRAK",
     "CompressionSpec",
+    "FactGraSS",
     "GradientCosine",
+    "GradientStore",
     "GrassError",
+    "InfluenceFunction",
     "LDSResult",
+    "LoGra",
     "Mask",
     "Projector",
     "RetrainingBank",

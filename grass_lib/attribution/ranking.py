@@ -67,3 +67,50 @@ def topk(scores: Tensor, k: int = 10) -> TopK:
             indices[start : start + len(block), end] = order[:, :k]
             values[start : start + len(block), end] = ordered[:, :k]
     return TopK(indices, values)
+
+
+class TopKMerge:
+    """`topk` for scores that come in portions of training samples, in order; only the k best and worst are held."""
+
+    def __init__(self, k: int) -> None:
+        """Starts with no samples.
+
+        Args:
+            k: How many at each end.
+        """
+        self._k = k
+        self._ends: list[tuple[Tensor, Tensor]] = []
+        self._seen = 0
+
+    def update(self, scores: Tensor) -> None:
+        """Ranks the next samples among those that were held.
+
+        Args:
+            scores: ``(n, n_query)`` of the training samples that follow the ones before.
+
+        Raises:
+            UsageError: If scores hold NaN.
+        """
+        if bool(scores.isnan().any()):
+            raise UsageError("Scores hold NaN; expected numbers that can be ranked.")
+        values = scores.mT
+        order = torch.arange(self._seen, self._seen + len(scores), device=scores.device).expand(values.shape)
+        self._seen += len(scores)
+        ends = self._ends or [(values[:, :0], order[:, :0])] * 2
+        self._ends = []
+        for (held, places), descending in zip(ends, (True, False), strict=True):
+            # Held samples come first and have lower indices, so that a stable sort orders equal scores by index.
+            joined, indices = torch.cat([held, values], dim=1), torch.cat([places, order], dim=1)
+            ordered, position = joined.sort(dim=1, descending=descending, stable=True)
+            self._ends.append((ordered[:, : self._k], indices.gather(1, position[:, : self._k])))
+
+    def result(self) -> TopK:
+        """What `topk` gives for all scores together.
+
+        Raises:
+            UsageError: If there were fewer samples than k, or k is not positive.
+        """
+        if not 1 <= self._k <= self._seen:
+            raise UsageError(f"k is {self._k}; expected between 1 and the number of training samples, {self._seen}.")
+        scores, indices = zip(*self._ends, strict=True)
+        return TopK(torch.stack(indices, dim=1), torch.stack(scores, dim=1))

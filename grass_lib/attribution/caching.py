@@ -1,0 +1,238 @@
+"""One walk over the training set that fills a gradient store: compute, round, copy and write at the same time."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from tqdm import tqdm
+
+from grass_lib.attribution.curvature import Curvature, RowBlock, exact_products
+from grass_lib.errors import GrassError, UsageError
+from grass_lib.gradients.factored import FactoredGradients
+from grass_lib.gradients.full import batch_size, batch_to
+from grass_lib.gradients.meter import Meter, measured
+from grass_lib.gradients.outputs import Batch
+from grass_lib.store import ShardWriter, Store
+
+_PINNED_BYTES = 2**30
+_SHOWN = 8
+_SHARD_SIZE = 1024
+
+
+class ShardCache:
+    """Computes the missing shards of one worker.
+
+    Rows are rounded to the store's dtype in a block on the device, added to the curvature from there, and copied to
+    one of two shards' worth of memory on the host, which the store's thread writes while the next shard is computed.
+
+    Attributes:
+        samples: How many were computed.
+    """
+
+    def __init__(self, gradients: FactoredGradients, store: Store, curvature: Curvature | None = None) -> None:
+        """Allocates the memory.
+
+        Args:
+            gradients: Of the loss.
+            store: To be filled.
+            curvature: Is added to; None where it is not wanted.
+        """
+        self._gradients, self._store, self._curvature = gradients, store, curvature
+        device = gradients.device
+        self._block = RowBlock(store.layers, store.shard_size, store.dtype, device)
+        self._hosts = [_host_shard(store, device) for _ in range(min(2, store.n_shards))]
+        self._sums: list[Tensor] = []
+        self._copied = self._submitted = 0
+        self._meter = Meter(device)
+        self._waited = 0.0
+        self.samples = 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """``writing``, for which the walk waited, and ``curvature``; waits for the device."""
+        return {"writing": self._waited, "curvature": self._meter.seconds}
+
+    def run(self, loader: Iterable[Batch], bar: tqdm, *, worker: int = 0, n_workers: int = 1) -> None:
+        """Walks the loader once and computes what is missing.
+
+        Args:
+            loader: Yields batches in a fixed order; none may reach over the end of a shard.
+            bar: Is advanced by the samples.
+            worker: This worker's number.
+            n_workers: Number of workers.
+
+        Raises:
+            UsageError: Batches do not fit the shards, or there are fewer or more samples than the store has.
+            GrassError: A gradient is not finite; nothing of its shard is written.
+            StoreError: A shard could not be written.
+        """
+        todo, seen = set(self._store.missing(worker, n_workers)), 0
+        with self._gradients.attached(), self._store.writer(worker=worker, n_workers=n_workers) as writer:
+            for batch in loader:
+                samples = batch_to(batch, self._gradients.device)
+                size = batch_size(samples)
+                number = self._shard_of(seen, size)
+                if number in todo:
+                    self._take(self._gradients(samples)[0], number, writer)
+                    self.samples += size
+                seen += size
+                bar.update(size)
+            if seen != self._store.n_samples:
+                raise UsageError(
+                    f"the loader yielded {seen} samples, and the store is for {self._store.n_samples}; expected the "
+                    "same training set (n_samples= where the loader does not say its length)"
+                )
+            start = time.perf_counter()
+        self._waited += time.perf_counter() - start
+
+    def _shard_of(self, first: int, size: int) -> int:
+        """Number of the shard that a batch belongs to."""
+        store = self._store
+        if first + size > store.n_samples:
+            raise UsageError(
+                f"the loader yields more than the {store.n_samples} samples of the store; expected the same training "
+                "set, or another n_samples="
+            )
+        number, last = first // store.shard_size, (first + size - 1) // store.shard_size
+        if last > number:
+            raise UsageError(
+                f"the batch of samples {first} to {first + size - 1} reaches over the end of shard {number} at "
+                f"{(number + 1) * store.shard_size}; expected a shard_size that is a multiple of the batch size, for "
+                f"example {default_shard_size(size)} for batches of {size}"
+            )
+        return number
+
+    def _take(self, rows: Mapping[str, Tensor], number: int, writer: ShardWriter) -> None:
+        size, first = len(next(iter(rows.values()))), 0
+        count = len(self._store.shard_rows(number))
+        while first < size:
+            first = self._block.append(rows, first)
+            if self._block.filled == self._block.rows or self._copied + self._block.filled == count:
+                self._flush()
+        if self._copied == count:
+            self._submit(number, count, writer)
+
+    def _flush(self) -> None:
+        """Empties the block into the host's memory and the curvature."""
+        host, first = self._hosts[self._submitted % 2], self._copied
+        for name, part in self._block.parts():
+            host[name][first : first + len(part)].copy_(part, non_blocking=True)
+            self._sums.append(part.sum(dtype=torch.float32))
+        if self._curvature is not None:
+            with measured(self._meter), exact_products():
+                for name, part in self._block.parts():
+                    if name in self._curvature.sums:
+                        self._curvature.add(name, part)
+        self._copied += self._block.filled
+        self._block.filled = 0
+
+    def _submit(self, number: int, count: int, writer: ShardWriter) -> None:
+        tensors = {name: rows[:count] for name, rows in self._hosts[self._submitted % 2].items()}
+        ready = None
+        if self._gradients.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            ready = event.synchronize
+        # One number per layer and block is enough in the usual case, and the device is waited for once per shard.
+        if not bool(torch.stack(self._sums).isfinite().all()):
+            if ready is not None:
+                ready()
+            check_finite(tensors, self._store.shard_rows(number).start)
+        self._sums.clear()
+        start = time.perf_counter()
+        writer.submit(number, tensors, ready)
+        self._waited += time.perf_counter() - start
+        self._submitted += 1
+        self._copied = 0
+
+
+def check_finite(rows: Mapping[str, Tensor], first: int, what: str = "training sample") -> None:
+    """Refuses rows with values that are not finite.
+
+    Args:
+        rows: ``{layer: (n, k_l)}``.
+        first: Position of the first row.
+        what: How messages call a row.
+
+    Raises:
+        GrassError: Naming layer and positions.
+    """
+    for name, part in rows.items():
+        bad = torch.nonzero(~part.isfinite().all(dim=1)).flatten()
+        if not len(bad):
+            continue
+        shown = ", ".join(str(first + int(position)) for position in bad[:_SHOWN])
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        remedy = "look at these samples and the loss"
+        if part.dtype == torch.float16:
+            remedy += "; float16 ends at 65504, so bfloat16 or float32 may be what is needed"
+        raise GrassError(f"gradients of layer {name} are not finite in {part.dtype} at {what} {shown}{more}; {remedy}")
+
+
+def check_order(loader: Iterable[Batch]) -> None:
+    """Refuses loaders whose order changes or that leave samples out: row i belongs to sample i of the data set.
+
+    Raises:
+        UsageError: The loader shuffles or drops its last batch.
+    """
+    if isinstance(getattr(loader, "sampler", None), RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+        raise UsageError("the loader shuffles, and a store's rows have a fixed order; use shuffle=False")
+    if getattr(loader, "drop_last", False):
+        raise UsageError("the loader drops the last short batch, and every sample needs a row; use drop_last=False")
+
+
+def default_shard_size(batch: int) -> int:
+    """The largest multiple of the batch size up to 1,024, or the batch size."""
+    return max(_SHARD_SIZE // batch * batch, batch)
+
+
+def check_compile(compile: bool, deterministic: bool) -> None:
+    """Refuses kernels that are chosen by timing them, since another run may choose others.
+
+    Raises:
+        UsageError: ``compile`` is a mode, or the compiler is set to time kernels while bits have to be the same.
+    """
+    if not isinstance(compile, bool):
+        raise UsageError(f"compile is {compile!r}; expected True or False (modes are not taken)")
+    if compile and deterministic:
+        import torch._inductor.config as inductor
+
+        if inductor.max_autotune or inductor.max_autotune_gemm:
+            raise UsageError(
+                "torch._inductor.config.max_autotune is on, which chooses kernels by timing them; expected it off with "
+                "deterministic=True"
+            )
+
+
+@contextmanager
+def reproducible(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Asks for deterministic kernels on a GPU and restores what was asked for before."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        # cuBLAS asks for a setting that matters where several streams share one workspace; here each has its own.
+        warnings.filterwarnings("ignore", message=".*(?:CUBLAS_WORKSPACE_CONFIG|deterministic).*")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            memory.fill_uninitialized_memory = False
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            memory.fill_uninitialized_memory = filled
+
+
+def _host_shard(store: Store, device: torch.device) -> dict[str, Tensor]:
+    rows = min(store.shard_size, store.n_samples)
+    pinned = device.type == "cuda" and 2 * rows * sum(store.layers.values()) * store.dtype.itemsize <= _PINNED_BYTES
+    return {name: torch.empty(rows, size, dtype=store.dtype, pin_memory=pinned) for name, size in store.layers.items()}

@@ -1,0 +1,171 @@
+"""The empirical Fisher matrix of each layer, ``F = G^T G / n``, summed over rows in fixed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from grass_lib.store import Store
+
+_BLOCK_BYTES = 128 * 2**20
+
+
+class RowBlock:
+    """Rows of all layers on the device, one after the other, until the block is full.
+
+    How many rows a block has depends on layers, dtype and shard size only. Rows that are computed and rows that are
+    read back from a store therefore pass through the same memory in the same portions, so that sums over them have the
+    same bits.
+
+    Attributes:
+        filled: Rows at present.
+    """
+
+    def __init__(self, layers: Mapping[str, int], shard_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocates the block.
+
+        Args:
+            layers: Features per layer.
+            shard_size: Rows of a shard; a block is never longer.
+            dtype: Of the stored rows.
+            device: Where the block is.
+        """
+        self.rows = block_rows(sum(layers.values()) * dtype.itemsize, shard_size)
+        self.filled = 0
+        self._parts = {name: torch.empty(self.rows, size, dtype=dtype, device=device) for name, size in layers.items()}
+
+    def append(self, rows: Mapping[str, Tensor], first: int) -> int:
+        """Copies rows, rounded to the block's dtype, for as long as there is room.
+
+        Args:
+            rows: ``{layer: (batch, k_l)}``.
+            first: Position in ``rows`` of the first that is copied.
+
+        Returns:
+            Position in ``rows`` of the first that was not copied.
+        """
+        size = len(next(iter(rows.values())))
+        count = min(size - first, self.rows - self.filled)
+        into = [part[self.filled : self.filled + count] for part in self._parts.values()]
+        given = [rows[name][first : first + count] for name in self._parts]
+        torch._foreach_copy_(into, given)  # pyright: ignore[reportPrivateImportUsage]
+        self.filled += count
+        return first + count
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Each layer's rows ``(filled, k_l)``."""
+        for name, part in self._parts.items():
+            yield name, part[: self.filled]
+
+
+class Curvature:
+    """Sums ``G^T G`` of layers.
+
+    Attributes:
+        sums: ``{layer: (k_l, k_l)}`` in ``dtype``.
+    """
+
+    def __init__(self, layers: Mapping[str, int], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Starts at 0.
+
+        Args:
+            layers: Features per layer.
+            device: Where the sums are.
+            dtype: Of the sums, float32 or float64.
+        """
+        self.sums = {name: torch.zeros(size, size, device=device, dtype=dtype) for name, size in layers.items()}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """Adds rows ``(n, k_l)`` of one layer, in any floating dtype, on the device."""
+        total = self.sums[name]
+        if rows.is_cuda and total.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16):
+            # Products of 16 bit numbers are exact in float32, and tensor cores add them up in float32.
+            total.add_(torch.mm(rows.mT, rows, out_dtype=torch.float32))
+            return
+        rows = rows.to(total.dtype)
+        total.addmm_(rows.mT, rows)
+
+
+def stream_curvature(
+    store: Store, layers: Sequence[str], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Curvature:
+    """Sums of a complete store's rows, read once, with the bits that `Curvature` has when it grows with the store.
+
+    Args:
+        store: A complete store.
+        layers: Names of the layers wanted.
+        device: Where to compute.
+        dtype: Of the sums.
+
+    Raises:
+        StoreError: A shard is missing, damaged or cannot be read.
+    """
+    sizes = {name: store.layers[name] for name in layers}
+    curvature = Curvature(sizes, device, dtype)
+    if not sizes:
+        return curvature
+    block = _StreamBlock(store, sizes, device)
+    for _, name, rows in store.stream(layers=layers):
+        for part in block.portions(name, rows):
+            curvature.add(name, part)
+    return curvature
+
+
+def layer_rows(store: Store, name: str, device: torch.device) -> Tensor:
+    """All rows ``(n_samples, k_l)`` of one layer, in the store's dtype.
+
+    Args:
+        store: A complete store.
+        name: The layer.
+        device: Where to put them.
+
+    Raises:
+        StoreError: A shard is missing, damaged or cannot be read.
+    """
+    result = torch.empty(store.n_samples, store.layers[name], dtype=store.dtype, device=device)
+    for samples, _, rows in store.stream(layers=[name]):
+        result[samples.start : samples.stop].copy_(rows)
+    return result
+
+
+def block_rows(row_bytes: int, shard_size: int) -> int:
+    """Rows per block: a power of two within 128 MiB, or the whole shard."""
+    fitting = max(1, _BLOCK_BYTES // row_bytes)
+    return min(shard_size, 1 << (fitting.bit_length() - 1))
+
+
+def slices(length: int, row_bytes: int) -> Iterator[slice]:
+    """Portions of ``length`` rows within 128 MiB each, at least one row."""
+    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Full float32 matrix products, also on a GPU where the caller allows faster ones."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _StreamBlock:
+    """Passes a store's rows through memory like that of `RowBlock`, layer by layer."""
+
+    def __init__(self, store: Store, sizes: Mapping[str, int], device: torch.device) -> None:
+        self._rows = block_rows(sum(store.layers.values()) * store.dtype.itemsize, store.shard_size)
+        self._buffers = {
+            size: torch.empty(self._rows, size, dtype=store.dtype, device=device) for size in set(sizes.values())
+        }
+
+    def portions(self, name: str, rows: Tensor) -> Iterable[Tensor]:
+        buffer = self._buffers[rows.shape[1]]
+        for start in range(0, len(rows), self._rows):
+            part = buffer[: min(self._rows, len(rows) - start)]
+            yield part.copy_(rows[start : start + len(part)])

@@ -1,0 +1,302 @@
+"""Influence functions on compressed gradients of layers, kept in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass_lib.attribution.caching import ShardCache, check_compile, check_order, reproducible
+from grass_lib.attribution.curvature import Curvature, exact_products
+from grass_lib.attribution.origin import KeptStore
+from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose, primal_layers
+from grass_lib.attribution.ranking import TopK, TopKMerge
+from grass_lib.attribution.scoring import Scorer, clocked
+from grass_lib.attribution.solve import damping_grid
+from grass_lib.errors import UsageError
+from grass_lib.gradients.factored import FactoredGradients, LayerMasks
+from grass_lib.gradients.full import batch_size
+from grass_lib.gradients.layers import LayerChoice
+from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.stream import progress_bar, sample_count
+from grass_lib.specs import parse_hessian
+from grass_lib.store import Store
+
+Damping = float | Sequence[float] | Tensor
+_SECONDS = ("gradients", "compression", "writing", "curvature", "query_gradients", "scoring")
+
+
+class InfluenceFunction:
+    """Influence functions with a block-diagonal empirical Fisher matrix (eFIM), one block per layer.
+
+    With rows ``g_il`` (compressed loss gradients of sample i at layer l, as they are stored), ``h_ql`` (those of minus
+    the target at query q) and ``F_l = (1/n) sum_i g_il g_il^T``,
+
+        score[i, q] = sum_l g_il . (F_l + damping * tr(F_l) / k_l * I)^-1 . h_ql.
+
+    A positive score means that training on the sample raises the query's target. With hessian "Identity" the matrix is
+    left out.
+
+    A layer with fewer features than samples has its ``F_l`` decomposed, one with more the samples' Gram matrix; the
+    scores are the same. One decomposition serves all damping values.
+
+    Attributes:
+        timings: Seconds: ``gradients`` and ``compression`` (forward and backward pass, both stages), ``writing`` (what
+            was waited for the disk) and ``curvature`` since the last :meth:`cache` began; ``query_gradients`` and
+            ``scoring`` of the last call that scored. ``samples`` is how many were computed by the last :meth:`cache`.
+        residuals: By layer, how far its eigenvectors are from exact: the largest ``|F v - s v|`` over the largest
+            eigenvalue.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Output,
+        *,
+        layers: LayerChoice = "linear",
+        include_head: bool = False,
+        sparsification: str = "identity",
+        projection: str = "identity",
+        hessian: str = "eFIM",
+        target: Output | None = None,
+        store: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        masks: LayerMasks | None = None,
+        backend: str = "auto",
+        shard_size: int | None = None,
+        deterministic: bool = True,
+        compile: bool = False,
+        precision: Precision = "mixed",
+        fingerprint: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Checks everything that can be checked before data is read.
+
+        Args:
+            model: The trained model, on the device where everything is computed; it is left as it is found.
+            loss: ``loss(model, batch) -> (batch,)``, lower is better.
+            layers: Which layers; see ``find_layers``.
+            include_head: Whether kinds take a language model's output layer too.
+            sparsification: Stage 1: factored, ``TYPE-DIM*DIM``, or identity.
+            projection: Stage 2: flat, ``TYPE-DIM``, or identity.
+            hessian: ``eFIM`` or ``Identity``.
+            target: ``target(model, batch) -> (batch,)``, higher is better: what queries ask about; None for minus the
+                loss.
+            store: Folder of the gradient store; None keeps the rows in memory.
+            dtype: Of the stored rows.
+            seed: Of the random maps.
+            device: None for the device of the model.
+            masks: For selective types: ``{"layer/output": Mask, "layer/input": Mask}``.
+            backend: Of stage 2, as in ``build_projector``.
+            shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 (or that of
+                the store that is there).
+            deterministic: Asks for deterministic kernels while caching on a GPU, so that a run that was killed ends
+                with the same bits.
+            compile: Compiles the pass over the training set, and records it on a GPU.
+            precision: ``"mixed"`` sums the curvature and scores in float32 and decomposes in float64; the other two do
+                everything in one type. Relative rounding errors of scores grow with the largest eigenvalue over the
+                damped one; ``"float64"`` is for damping below 1e-4.
+            fingerprint: What else decides the rows, above all the data's hash; JSON values.
+            source: What rebuilds the store, noted in its manifest.
+            progress: Shows bars for work that lasts more than 3 s.
+
+        Raises:
+            SpecError: The compression does not fit.
+            UsageError: Another argument does not fit.
+        """
+        self.hessian = parse_hessian(hessian)
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        check_compile(compile, deterministic)
+        self._dtypes = PRECISIONS[precision]
+        self._gradients = FactoredGradients(
+            model,
+            loss,
+            layers=layers,
+            include_head=include_head,
+            sparsification=sparsification,
+            projection=projection,
+            seed=seed,
+            device=device,
+            masks=masks,
+            backend=backend,
+            compile=compile,
+            dtype=self._dtypes[0],
+        )
+        self.spec = self._gradients.spec
+        self.sizes = self._gradients.sizes
+        self.k = self._gradients.k
+        self.include_head = self._gradients.include_head
+        self.device = self._gradients.device
+        self.dtype, self.deterministic, self._progress = dtype, deterministic, progress
+        self._kept = KeptStore(
+            self._gradients,
+            path=store,
+            dtype=dtype,
+            shard_size=shard_size,
+            settings={"seed": seed, "deterministic": deterministic, "compiled": compile},
+            masks=masks,
+            given=fingerprint,
+            source=source,
+        )
+        self._curvature: Curvature | None = None
+        self._bases: dict[str, LayerBasis] | None = None
+        self.timings: dict[str, float] = dict.fromkeys((*_SECONDS, "samples"), 0.0)
+        self.residuals: dict[str, float] = {}
+        self._scorer = Scorer(self._gradients, target, self._dtypes[0], self.timings, progress)
+
+    @property
+    def store(self) -> Store:
+        """The complete store; raises as :meth:`attribute` does."""
+        return self._kept.complete()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the complete store."""
+        return self.store.stored_bytes
+
+    @property
+    def backend(self) -> str:
+        """Who computes stage 2: ``none`` where there is no stage 2."""
+        found = sorted(set(self._gradients.backends.values()) - {"none"})
+        return ", ".join(found) or "none"
+
+    def cache(
+        self, loader: Iterable[Batch], *, n_samples: int | None = None, worker: int = 0, n_workers: int = 1
+    ) -> None:
+        """Computes the gradients of the training set, or the shards of them that are missing.
+
+        Args:
+            loader: Yields batches of one size (the last may be smaller) in a fixed order; it is walked once.
+            n_samples: Number of training samples, where the loader does not say it.
+            worker: Number of this worker, which writes the shards that leave it modulo ``n_workers``.
+            n_workers: Number of workers that share the store, each walking the whole loader.
+
+        Raises:
+            UsageError: The loader shuffles, its length is not known, or batches do not fit the shards.
+            GrassError: A gradient is not finite.
+            StoreError: The folder holds a store of something else, or cannot be written.
+        """
+        check_order(loader)
+        expected, batches = sample_count(loader) if n_samples is None else n_samples, iter(loader)
+        first = next(batches, None)
+        if first is None:
+            raise UsageError("the loader yielded no batches; expected training data")
+        store = self._kept.make(expected, batch_size(first))
+        missing = store.missing(worker, n_workers)
+        self.timings.update(dict.fromkeys(self.timings, 0.0))
+        if not missing:
+            return
+        self._curvature = self._bases = None
+        # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits.
+        whole = self.hessian == "eFIM" and n_workers == 1 and len(missing) == store.n_shards
+        curvature = Curvature(primal_layers(store), self.device, self._dtypes[0]) if whole else None
+        cache = ShardCache(self._gradients, store, curvature)
+        self._gradients.compiled_size = batch_size(first)
+        before = self._gradients.timings
+        with (
+            reproducible(self.device, self.deterministic),
+            progress_bar(store.n_samples, "gradients", self._progress) as bar,
+        ):
+            cache.run(chain([first], batches), bar, worker=worker, n_workers=n_workers)
+        self._curvature = curvature
+        after = self._gradients.timings
+        self.timings |= cache.seconds | {name: after[name] - before[name] for name in after}
+        self.timings["samples"] = float(cache.samples)
+
+    def attribute(self, query_loader: Iterable[Batch], damping: Damping = 0.1) -> Tensor:
+        """Scores of all training samples for all queries.
+
+        Args:
+            query_loader: Yields query batches.
+            damping: Times the mean eigenvalue; one value, or a grid that costs one pass. Hessian "Identity" ignores it.
+
+        Returns:
+            ``(n_train, n_query)``, or ``(n_damping, n_train, n_query)`` for a grid, on the device.
+
+        Raises:
+            UsageError: The store is not complete, the loader is empty or a damping value is out of range.
+            GrassError: A query's gradient is not finite.
+            StoreError: A shard is damaged.
+        """
+        grid, single = self._grid(damping)
+        store, parts = self._kept.complete(), []
+        for count, prepared in self._scorer.blocks(store, self._ready_bases(store), query_loader, grid):
+            scores = torch.empty(len(grid), store.n_samples, count, dtype=self._dtypes[0], device=self.device)
+            for samples, found in self._scorer.shards(store, prepared):
+                scores[:, samples.start : samples.stop] = found.view(len(found), len(grid), count).movedim(1, 0)
+            parts.append(scores)
+        result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return result[0] if single else result
+
+    def self_influence(self, damping: Damping = 0.1) -> Tensor:
+        """``sum_l g_il . (F_l + damping * tr(F_l) / k_l * I)^-1 . g_il`` of every training sample.
+
+        Args:
+            damping: As in :meth:`attribute`.
+
+        Returns:
+            ``(n_train,)``, or ``(n_damping, n_train)`` for a grid, on the device.
+
+        Raises:
+            UsageError: The store is not complete, or a damping value is out of range.
+            StoreError: A shard is damaged.
+        """
+        grid, single = self._grid(damping)
+        store = self._kept.complete()
+        result = self._scorer.self_influence(store, self._ready_bases(store), grid)
+        return result[0] if single else result
+
+    def topk(self, query_loader: Iterable[Batch], k: int = 10, damping: float = 0.1) -> TopK:
+        """The training samples that help and harm each query most; scores are not kept.
+
+        Args:
+            query_loader: Yields query batches.
+            k: How many at each end.
+            damping: One value, as in :meth:`attribute`.
+
+        Returns:
+            What ``topk`` gives for the scores of :meth:`attribute`.
+
+        Raises:
+            UsageError: The store is not complete, the loader is empty, or k or the damping is out of range.
+            GrassError: A query's gradient is not finite.
+            StoreError: A shard is damaged.
+        """
+        grid, single = self._grid(damping)
+        if not single:
+            raise UsageError(f"damping is a grid of {len(grid)} values; topk ranks by one value, for example 0.1")
+        store, found = self._kept.complete(), []
+        if not 1 <= k <= store.n_samples:
+            raise UsageError(f"k is {k}; expected between 1 and the number of training samples, {store.n_samples}")
+        for _, prepared in self._scorer.blocks(store, self._ready_bases(store), query_loader, grid):
+            merge = TopKMerge(k)
+            for _, scores in self._scorer.shards(store, prepared):
+                merge.update(scores)
+            found.append(merge.result())
+        return TopK(torch.cat([part.indices for part in found]), torch.cat([part.scores for part in found]))
+
+    def _grid(self, damping: Damping) -> tuple[list[float], bool]:
+        grid, single = damping_grid(damping)
+        if self.hessian == "Identity" and not single:
+            raise UsageError(f"damping is a grid of {len(grid)} values, but hessian 'Identity' has none; leave it out")
+        return grid, single
+
+    def _ready_bases(self, store: Store) -> dict[str, LayerBasis]:
+        """Eigenvectors by layer, computed at first use; none for hessian "Identity"."""
+        if self.hessian == "Identity":
+            return {}
+        if self._bases is None:
+            with clocked(self.timings, "curvature", self.device), exact_products():
+                keep, solve = self._dtypes
+                self._bases = decompose(store, self._curvature, self.device, solve=solve, keep=keep)
+                self._curvature = None
+            self.residuals = {name: basis.residual for name, basis in self._bases.items()}
+        return self._bases

@@ -1,0 +1,192 @@
+"""The store of an influence function: where it is, what its rows come from, and whether it is whole."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass_lib import __version__
+from grass_lib.attribution.caching import default_shard_size
+from grass_lib.errors import UsageError
+from grass_lib.gradients.factored import FactoredGradients, LayerMasks
+from grass_lib.gradients.outputs import Output
+from grass_lib.projection import Mask
+from grass_lib.store import GradientStore, MemoryStore, Store
+from grass_lib.store.base import shard_list
+from grass_lib.store.manifest import DTYPES
+from grass_lib.store.store import MANIFEST
+
+# Packages whose operators differ from this library's; its own give the same numbers everywhere.
+_PACKAGES = ("sjlt", "fast_jl")
+
+
+class KeptStore:
+    """Makes, finds and checks the store that belongs to some gradients."""
+
+    def __init__(
+        self,
+        gradients: FactoredGradients,
+        *,
+        path: str | Path | None,
+        dtype: torch.dtype,
+        shard_size: int | None,
+        settings: Mapping[str, Any],
+        masks: LayerMasks | None,
+        given: Mapping[str, Any] | None,
+        source: Mapping[str, Any] | None,
+    ) -> None:
+        """Checks the arguments; nothing is made.
+
+        Args:
+            gradients: Give the rows.
+            path: The folder; None for memory.
+            dtype: Of the stored rows.
+            shard_size: Samples per shard; None to choose.
+            settings: What else decides the rows, as entries of the fingerprint.
+            masks: By side.
+            given: Further entries, such as the hash of the data.
+            source: What rebuilds the store.
+
+        Raises:
+            UsageError: One of them does not fit.
+        """
+        if dtype not in DTYPES.values():
+            raise UsageError(f"dtype is {dtype}; expected one of {', '.join(DTYPES)}")
+        if shard_size is not None and shard_size < 1:
+            raise UsageError(f"shard_size is {shard_size}; expected a positive number of samples")
+        self._gradients = gradients
+        self._path = None if path is None else Path(path)
+        self._dtype, self._shard_size, self._source = dtype, shard_size, source
+        shapes = {name: f"{shape.kind} {shape.d_out}x{shape.d_in}" for name, shape in gradients.layers.items()}
+        own = {
+            "sparsification": str(gradients.spec.sparsification),
+            "projection": str(gradients.spec.projection),
+            "loss": output_name(gradients.loss),
+            "include_head": gradients.include_head,
+            "shapes": shapes,
+            "masks": mask_fingerprints(masks),
+            "operators": ", ".join(sorted({*gradients.backends.values()} & {*_PACKAGES})) or "grass_lib",
+            "computed_in": str(gradients.dtype).removeprefix("torch."),
+            **settings,
+        }
+        clash = sorted({"model", *own} & (given or {}).keys())
+        if clash:
+            raise UsageError(f"fingerprint has {', '.join(clash)}, which the store notes by itself; choose other names")
+        self._entries = {**own, **(given or {})}
+        self._store: GradientStore | MemoryStore | None = None
+        self._seen_model: tuple[tuple[tuple[int, int], ...], str] = ((), "")
+
+    def make(self, n_samples: int | None, batch: int) -> Store:
+        """The store that is there, or a new one.
+
+        Args:
+            n_samples: Number of samples; None where only the store that is there can know it.
+            batch: Size of the first batch.
+
+        Raises:
+            UsageError: The number of samples is not known, or shards and batches do not fit.
+            StoreError: The folder holds a store of something else.
+        """
+        there = self._found()
+        n_samples = there.n_samples if n_samples is None and there else n_samples
+        if n_samples is None:
+            raise UsageError("the loader does not say how many samples it has; give n_samples=")
+        shard_size = self._shard_size or (there.shard_size if there else default_shard_size(batch))
+        if shard_size < n_samples and shard_size % batch:
+            raise UsageError(
+                f"shards of {shard_size} samples are cut within batches of {batch}; expected a shard_size that is a "
+                f"multiple of the batch size, for example {default_shard_size(batch)}"
+            )
+        store = self._store = self._opened(there, n_samples, shard_size, replace=True)
+        return store
+
+    def complete(self) -> Store:
+        """The store, whole and of these gradients.
+
+        Raises:
+            UsageError: There is none, or shards are missing, or the model has changed.
+            StoreError: The folder holds a store of something else.
+        """
+        there = self._found()
+        if there is None:
+            raise UsageError("the training gradients are not there yet; call cache(train_loader) first")
+        store = self._store = self._opened(there, there.n_samples, there.shard_size, replace=False)
+        missing = store.missing()
+        if missing:
+            raise UsageError(
+                f"{len(missing)} of {store.n_shards} shards are missing ({shard_list(missing)}); call "
+                "cache(train_loader), which computes only these, or merge the other workers' stores"
+            )
+        return store
+
+    def _found(self) -> GradientStore | MemoryStore | None:
+        if self._store is not None:
+            return self._store
+        return GradientStore.open(self._path) if self._path and (self._path / MANIFEST).exists() else None
+
+    def _opened(
+        self, there: GradientStore | MemoryStore | None, n_samples: int, shard_size: int, *, replace: bool
+    ) -> GradientStore | MemoryStore:
+        """The store that is there, where it is of the present model and settings; in memory, another can replace it."""
+        plan: dict[str, Any] = {
+            "layers": self._gradients.sizes,
+            "n_samples": n_samples,
+            "shard_size": shard_size,
+            "dtype": self._dtype,
+            "fingerprint": {"model": self._model_sha256(), **self._entries},
+            "source": self._source,
+            "provenance": {
+                "grass_lib": __version__,
+                "torch": torch.__version__,
+                "device": _device_name(self._gradients),
+            },
+        }
+        if self._path is not None:
+            return GradientStore.create(self._path, **plan)
+        fresh = MemoryStore(**plan)
+        if there is None or (replace and there.manifest.digest != fresh.manifest.digest):
+            return fresh
+        fresh.manifest.refuse_other(there.manifest, "memory")
+        return there
+
+    def _model_sha256(self) -> str:
+        """Hashed again only where a weight was replaced or written to."""
+        model = self._gradients.model
+        versions = tuple((id(value), value._version) for value in [*model.parameters(), *model.buffers()])
+        if self._seen_model[0] != versions:
+            self._seen_model = versions, model_sha256(model)
+        return self._seen_model[1]
+
+
+def model_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of a model's weights and buffers, in the order of its state dict."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def output_name(output: Output) -> str:
+    """Name of a loss: that of the function, with the arguments that ``functools.partial`` fixed."""
+    if isinstance(output, functools.partial):
+        fixed = [*map(repr, output.args), *(f"{name}={value!r}" for name, value in sorted(output.keywords.items()))]
+        return f"{output_name(output.func)}({', '.join(fixed)})"
+    return getattr(output, "__qualname__", type(output).__qualname__)
+
+
+def mask_fingerprints(masks: LayerMasks | None) -> dict[str, str]:
+    """Fingerprint of each mask, by side."""
+    loaded = {name: Mask.load(mask) if isinstance(mask, str | Path) else mask for name, mask in (masks or {}).items()}
+    return {name: loaded[name].fingerprint for name in sorted(loaded)}
+
+
+def _device_name(gradients: FactoredGradients) -> str:
+    return torch.cuda.get_device_name(gradients.device) if gradients.device.type == "cuda" else gradients.device.type
