@@ -228,6 +228,26 @@ def test_same_streams_same_model(blocks):
     assert not torch.equal(no_dropout(subset, [Member(0, "lds", 1)]).outputs, first.outputs)
 
 
+def test_streams_belong_to_the_model(blocks, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpt2_trainer.TrainingLoop, "fit", lambda self, start, ids, *streams: seen.append(streams))
+    trainer = TextTrainer(blocks, SIZES, initial_weights(SIZES, Stream(5)), TINY.recipe, device="cpu")
+    members = [Member(4, "lds", 1), Member(4, "lds", 1, repeat=1), Member(4, "lds", 2)]
+    trainer(torch.arange(6).expand(3, 6), members)
+    assert seen == [(member.stream("order"), member.stream("dropout")) for member in members]
+
+
+def test_dropout_is_seeded_by_its_stream(blocks):
+    loop = gpt2_trainer.TrainingLoop(SIZES, TINY.recipe, device="cpu")
+    base, order = initial_weights(SIZES, Stream(5)), Stream(0, "x", "order")
+    found = []
+    for stream in (Stream(0, "x", "dropout"), Stream(0, "y", "dropout"), Stream(0, "x", "dropout")):
+        loop.fit(base, blocks.train_ids, order, stream)
+        found.append(weights_hash(weights_of(loop.model)))
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+
+
 def test_models_of_a_group_do_not_depend_on_each_other(blocks):
     base = initial_weights(SIZES, Stream(5))
     trainer = TextTrainer(blocks, SIZES, base, TINY.recipe, device="cpu")
