@@ -82,17 +82,16 @@ class InfluenceFunction:
         Args:
             model: The trained model, on the device where everything is computed; it is left as it is found.
             loss: ``loss(model, batch) -> (batch,)``, lower is better.
-            layers: Which layers; see ``find_layers``.
-            include_head: Whether kinds take a language model's output layer too.
+            layers: As in ``find_layers``.
+            include_head: As in ``find_layers``.
             sparsification: Stage 1: factored, ``TYPE-DIM*DIM``, or identity.
             projection: Stage 2: flat, ``TYPE-DIM``, or identity.
             hessian: ``eFIM`` or ``Identity``.
-            target: ``target(model, batch) -> (batch,)``, higher is better: what queries ask about; None for minus the
-                loss.
+            target: ``target(model, batch) -> (batch,)``, higher is better, for queries; None for minus the loss.
             store: Folder of the gradient store; None keeps the rows in memory.
             dtype: Of the stored rows.
             seed: Of the random maps.
-            device: None for the device of the model.
+            device: None for that of the model.
             masks: For selective types: ``{"layer/output": Mask, "layer/input": Mask}``.
             backend: Of stage 2, as in ``build_projector``.
             shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 (or that of
@@ -104,7 +103,7 @@ class InfluenceFunction:
                 everything in one type. Relative rounding errors of scores grow with the largest eigenvalue over the
                 damped one; ``"float64"`` is for damping below 1e-4.
             fingerprint: What else decides the rows, above all the data's hash; JSON values.
-            source: What rebuilds the store, noted in its manifest.
+            source: What rebuilds the store.
             progress: Shows bars for work that lasts more than 3 s.
 
         Raises:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from grass_lib.attribution import topk
+from grass_lib.attribution.ranking import TopKMerge
 from grass_lib.errors import UsageError
 
 
@@ -39,3 +40,23 @@ def test_bad_input_is_refused():
         topk(torch.zeros(2, 4, 2), 1)
     with pytest.raises(UsageError, match="NaN"):
         topk(torch.full((4, 2), torch.nan), 1)
+
+
+@pytest.mark.parametrize("k", [1, 4, 30])
+def test_portions_merge_to_the_ranking_of_the_whole(k):
+    scores = torch.randint(-3, 4, (30, 11), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    merge = TopKMerge(k)
+    for part in scores.split([1, 12, 3, 14]):
+        merge.update(part)
+    found, wanted = merge.result(), topk(scores, k)
+    assert torch.equal(found.indices, wanted.indices)
+    assert torch.equal(found.scores, wanted.scores)
+
+
+def test_merging_refuses_what_cannot_be_ranked():
+    merge = TopKMerge(5)
+    merge.update(torch.zeros(4, 2))
+    with pytest.raises(UsageError, match="k is 5"):
+        merge.result()
+    with pytest.raises(UsageError, match="NaN"):
+        merge.update(torch.full((4, 2), torch.nan))
