@@ -24,6 +24,7 @@ from grass_lib.store.store import MANIFEST
 
 # Packages whose operators differ from this library's; its own give the same numbers everywhere.
 _PACKAGES = ("sjlt", "fast_jl")
+_LAST_BITS = ("deterministic", "compiled")
 
 
 class KeptStore:
@@ -116,7 +117,9 @@ class KeptStore:
         there = self._found()
         if there is None:
             raise UsageError("the training gradients are not there yet; call cache(train_loader) first")
-        store = self._store = self._opened(there, there.n_samples, there.shard_size, replace=False)
+        # How rows were computed decides their last bits; that is for whoever adds some.
+        settings = {name: there.fingerprint[name] for name in _LAST_BITS if name in there.fingerprint}
+        store = self._store = self._opened(there, there.n_samples, there.shard_size, replace=False, settings=settings)
         missing = store.missing()
         if missing:
             raise UsageError(
@@ -131,7 +134,13 @@ class KeptStore:
         return GradientStore.open(self._path) if self._path and (self._path / MANIFEST).exists() else None
 
     def _opened(
-        self, there: GradientStore | MemoryStore | None, n_samples: int, shard_size: int, *, replace: bool
+        self,
+        there: GradientStore | MemoryStore | None,
+        n_samples: int,
+        shard_size: int,
+        *,
+        replace: bool,
+        settings: Mapping[str, Any] | None = None,
     ) -> GradientStore | MemoryStore:
         """The store that is there, where it is of the present model and settings; in memory, another can replace it."""
         plan: dict[str, Any] = {
@@ -139,7 +148,7 @@ class KeptStore:
             "n_samples": n_samples,
             "shard_size": shard_size,
             "dtype": self._dtype,
-            "fingerprint": {"model": self._model_sha256(), **self._entries},
+            "fingerprint": {"model": self._model_sha256(), **self._entries, **(settings or {})},
             "source": self._source,
             "provenance": {
                 "grass_lib": __version__,

@@ -131,7 +131,7 @@ def primal_basis(name: str, total: Tensor, n: int, *, dtype: torch.dtype, keep: 
     mean = _trace(name, matrix) / len(matrix)
     if mean == 0.0:
         return _empty(len(matrix), keep, total.device)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = _eigenvectors(name, matrix)
     residual = _residual(matrix, values, vectors)
     return LayerBasis(vectors.to(keep), values.double().clamp_(min=0.0), mean, residual)
 
@@ -161,7 +161,7 @@ def dual_basis(name: str, rows: Tensor, *, keep: torch.dtype) -> LayerBasis:
     mean = _trace(name, matrix) / k
     if mean == 0.0:
         return _empty(k, keep, rows.device)
-    values, left = torch.linalg.eigh(matrix)
+    values, left = _eigenvectors(name, matrix)
     residual = _residual(matrix, values, left)
     kept = values > torch.finfo(dtype).eps * float(values[-1]) * max(n, k)
     values, left = values[kept], left[:, kept]
@@ -180,7 +180,7 @@ def warn_unresolved(bases: Sequence[LayerBasis], damping: Sequence[float]) -> No
             _log.log(
                 logging.INFO if len(damping) > 1 else logging.WARNING,
                 "A damping of %g is below what %s resolves beside the largest eigenvalue of %d of %d layers; scores "
-                "hold rounding errors of their own size. Use a larger damping or precision='float64'.",
+                "hold visible rounding errors. Use a larger damping or precision='float64'.",
                 value,
                 bases[0].vectors.dtype,
                 count,
@@ -196,6 +196,16 @@ def _trace(name: str, matrix: Tensor) -> float:
             "precision='float64'."
         )
     return trace
+
+
+def _eigenvectors(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise GrassError(
+            f"The curvature of layer {name} could not be decomposed ({error}); look at its gradients, or leave it out "
+            "of layers="
+        ) from error
 
 
 def _residual(matrix: Tensor, values: Tensor, vectors: Tensor) -> float:

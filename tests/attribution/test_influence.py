@@ -386,6 +386,37 @@ def test_bad_arguments_are_refused():
             influence(model, **options)
 
 
+def test_kernels_chosen_by_timing_are_refused(monkeypatch):
+    import torch._inductor.config as inductor
+
+    model, _, _ = case()
+    monkeypatch.setattr(inductor, "max_autotune", True)
+    with pytest.raises(UsageError, match="max_autotune is on"):
+        influence(model, compile=True)
+    influence(model, compile=True, deterministic=False)
+    influence(model)
+
+
+def test_the_last_bits_matter_to_whoever_adds_rows(tmp_path):
+    model, train, query = case()
+    found = influence(model, store=tmp_path, deterministic=False)
+    found.cache(train)
+    other = influence(model, store=tmp_path)
+    assert torch.equal(other.attribute(query), found.attribute(query))
+    with pytest.raises(StoreError, match="deterministic is False there, True here"):
+        other.cache(train)
+
+
+def test_precision_belongs_to_the_question_not_to_the_store(tmp_path):
+    model, train, query = case()
+    found = influence(model, store=tmp_path)
+    found.cache(train)
+    wide = influence(model, store=tmp_path, precision="float64").attribute(query, 1e-3)
+    assert error(wide, explicit(stored_rows(found), plain_gradients(model, query, cross_entropy), 1e-3)) < 1e-5
+    narrow = influence(model, store=tmp_path, precision="float32").attribute(query, 1.0)
+    assert error(narrow, found.attribute(query, 1.0).double()) < 1e-4
+
+
 def test_another_model_or_setting_is_refused(tmp_path):
     model, train, query = case()
     found = influence(model, store=tmp_path, fingerprint={"data": "a"}, source={"experiment": "test"})
