@@ -193,7 +193,7 @@ class InfluenceFunction:
             return
         self._curvature = self._bases = None
         # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits.
-        whole = self.hessian == "eFIM" and n_workers == 1 and len(missing) == store.n_shards
+        whole = self.hessian == "eFIM" and len(missing) == store.n_shards
         curvature = Curvature(primal_layers(store), self.device, self._dtypes[0]) if whole else None
         cache = ShardCache(self._gradients, store, curvature)
         self._gradients.compiled_size = size

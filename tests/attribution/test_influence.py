@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from grass_lib.attribution import topk
 from grass_lib.attribution.influence import InfluenceFunction
 from grass_lib.attribution.presets import FactGraSS, LoGra, factgrass_spec, logra_spec
+from grass_lib.attribution.scoring import score_shards
 from grass_lib.errors import GrassError, StoreError, UsageError
 from grass_lib.gradients.outputs import cross_entropy, margin
 from grass_lib.store import GradientStore
@@ -156,10 +157,19 @@ def test_queries_in_several_passes(monkeypatch):
     found = influence(model)
     found.cache(train)
     whole, best = found.attribute(query, [0.1, 1.0]), found.topk(query, 3)
+    passes = []
+
+    def counted(store, prepared, device):
+        passes.append(len(prepared["head"]))
+        return score_shards(store, prepared, device)
+
+    monkeypatch.setattr("grass_lib.attribution.scoring.score_shards", counted)
     monkeypatch.setattr("grass_lib.attribution.scoring.CPU_QUERY_BYTES", 3 * 4 * (53 * 3 + 2 * 8))
     torch.testing.assert_close(found.attribute(query, [0.1, 1.0]), whole)
+    assert passes == [2 * 3, 2 * 2]  # five queries, at most three at once, two damping values each
     monkeypatch.setattr("grass_lib.attribution.scoring.CPU_QUERY_BYTES", 1)
     torch.testing.assert_close(found.attribute(query, [0.1, 1.0]), whole)
+    assert passes[2:] == [2] * 5
     assert torch.equal(found.topk(query, 3).indices, best.indices)
 
 
