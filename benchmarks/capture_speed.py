@@ -127,6 +127,23 @@ def measure(step: Callable[..., None], batch: dict[str, Tensor], repeats: int) -
     )
 
 
+def profile(step: Callable[..., None], batch: dict[str, Tensor], rows: int) -> str:
+    """Kernels of one step with their sums and counts, the longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    with profiling(activities=[ProfilerActivity.CUDA]) as found:
+        step(batch)
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    lines = [f"  {total / 1000:.2f} ms in {sum(event.count for event in events)} kernels"]
+    lines += [
+        f"  {event.self_device_time_total / 1000:7.3f} ms {event.count:5} {event.key[:100]}" for event in events[:rows]
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("capture_speed.json"))
@@ -141,6 +158,8 @@ def main() -> None:
     )
     parser.add_argument("--specs", default=",".join(SPECS), help="Which presets.")
     parser.add_argument("--no-compiled-training", action="store_true")
+    parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--profile", type=int, default=0, help="Also print so many kernels of a step, by their time.")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.dtypes.split(","):
@@ -159,7 +178,11 @@ def main() -> None:
         ]
         for label, compiled, graph, build in steps:
             torch._dynamo.reset()
-            seconds, peak = measure(build(), batch, arguments.repeats)
+            step = build()
+            seconds, peak = measure(step, batch, arguments.repeats)
+            if arguments.profile:
+                print(profile(step, batch, arguments.profile), flush=True)
+            del step
             model.requires_grad_(False)
             model.zero_grad(set_to_none=True)
             gc.collect()

@@ -81,9 +81,10 @@ class Curvature:
     def add(self, name: str, rows: Tensor) -> None:
         """Adds rows ``(n, k_l)`` of one layer, in any floating dtype, on the device."""
         total = self.sums[name]
-        narrow = total.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
+        narrow = total.dtype == torch.float32 and rows.dtype == torch.bfloat16
         if rows.is_cuda and narrow and "dtype" in torch.ops.aten.mm.overloads():  # from PyTorch 2.8 on
-            # Products of 16 bit numbers are exact in float32, and tensor cores add them up in float32.
+            # The products are exact in float32, and tensor cores add them up in float32. (Sums of float16 may be
+            # rounded to float16 on the way, which is why they take the other road.)
             total.add_(torch.mm(rows.mT, rows, out_dtype=torch.float32))
             return
         rows = rows.to(total.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from grass_lib.experiments.models.gpt2 import pretrained_weights
 _BASE_SEED = 0
 # A checkpoint trained again may differ from the stored one by so much of the outputs' spread.
 _SAME_MODEL = 0.05
+# Nats by which the mean query losses of base models of one bank may differ.
+_SAME_BASE = 0.01
 
 
 def base_weights(
@@ -52,8 +55,7 @@ def base_weights(
     """
     if protocol.base == "pretrained":
         return pretrained_weights()
-    sha = blocks_hash(data.base_ids)
-    name = training_fingerprint(protocol.sizes, protocol.base_recipe, sha, f"seed {_BASE_SEED}", device, compile)
+    name = _base_name(protocol, data, device, compile)
     folder = Path(directory) / f"base-{name[:12]}"
     weights, note = folder / "model.safetensors", folder / "model.json"
     try:
@@ -106,11 +108,13 @@ def train_lds_bank(
         DataError: Pretrained weights cannot be had.
         BankError: See `train_bank`.
     """
-    base = base_weights(protocol, data, directory, device=device, compile=compile, progress=progress)
-    plan, fingerprint = _lds_plan(protocol, seed), _fingerprint(protocol, data, base, device, compile)
-    trainer = _LateTrainer(data, protocol, base, device, compile)
+    start = _start(protocol, data, directory, device, compile, progress)
+    plan, fingerprint = _lds_plan(protocol, seed), _fingerprint(protocol, data, start, device, compile)
     folder = _folder(directory, plan, fingerprint)
-    return train_bank(plan, trainer, folder, fingerprint=fingerprint, progress=progress)
+    trainer = _LateTrainer(data, protocol, start, device, compile)
+    bank = train_bank(plan, trainer, folder, fingerprint=fingerprint, progress=progress)
+    _check_one_base(bank, folder)
+    return bank
 
 
 def attribution_checkpoint(
@@ -141,11 +145,11 @@ def attribution_checkpoint(
         DataError: Pretrained weights cannot be had.
         BankError: The model is not the one whose outputs the bank has, or as in `train_bank`.
     """
-    base = base_weights(protocol, data, directory, device=device, compile=compile, progress=progress)
-    fingerprint = _fingerprint(protocol, data, base, device, compile)
+    start = _start(protocol, data, directory, device, compile, progress)
+    fingerprint = _fingerprint(protocol, data, start, device, compile)
     bank_plan = _lds_plan(protocol, seed)
     plan = replace(bank_plan, n_models=1, second_seed_share=0.0, group_size=1)
-    trainer = _LateTrainer(data, protocol, base, device, compile)
+    trainer = _LateTrainer(data, protocol, start, device, compile)
     folder = _folder(directory, plan, fingerprint)
     one = train_bank(plan, trainer, folder, fingerprint=fingerprint, keep_weights=True, progress=progress)
     stored = GroupStore(_folder(directory, bank_plan, fingerprint), bank_plan, fingerprint).read(0)
@@ -154,20 +158,66 @@ def attribution_checkpoint(
     return load_weights(folder)[0]
 
 
-class _LateTrainer:
-    """A trainer that builds and compiles its model when the first training begins, which may be never."""
+@dataclass(frozen=True)
+class _Start:
+    """The weights that training starts from.
 
-    def __init__(
-        self, data: TextBlocks, protocol: Protocol, base: Mapping[str, Tensor], device: str, compile: bool | None
-    ) -> None:
-        self._arguments = (data, protocol.sizes, base, protocol.recipe)
+    Attributes:
+        name: What decides them: their hash, or the recipe that they were trained by.
+        load: Reads them, or trains them where they are not on the disk; called only when a model has to be trained.
+    """
+
+    name: str
+    load: Callable[[], Mapping[str, Tensor]]
+
+
+class _LateTrainer:
+    """A trainer that gets its weights and compiles its model when the first training begins, which may be never."""
+
+    def __init__(self, data: TextBlocks, protocol: Protocol, start: _Start, device: str, compile: bool | None) -> None:
+        self._data, self._protocol, self._start = data, protocol, start
         self._options: dict[str, Any] = {"device": device, "compile": compile}
         self._trainer: TextTrainer | None = None
 
     def __call__(self, subsets: Tensor, members: Sequence[Member]) -> TrainedGroup:
         if self._trainer is None:
-            self._trainer = TextTrainer(*self._arguments, **self._options)
+            sizes, recipe = self._protocol.sizes, self._protocol.recipe
+            self._trainer = TextTrainer(self._data, sizes, self._start.load(), recipe, **self._options)
         return self._trainer(subsets, members)
+
+
+def _start(
+    protocol: Protocol,
+    data: TextBlocks,
+    directory: str | Path,
+    device: str,
+    compile: bool | None,
+    progress: bool,
+) -> _Start:
+    if protocol.base == "pretrained":
+        weights = pretrained_weights()
+        return _Start(weights_hash(weights), lambda: weights)
+    # Named after its recipe, not its bits: a bank whose base model was lost, or stayed on another machine, goes on.
+    load = partial(base_weights, protocol, data, directory, device=device, compile=compile, progress=progress)
+    return _Start(_base_name(protocol, data, device, compile), load)
+
+
+def _base_name(protocol: Protocol, data: TextBlocks, device: str, compile: bool | None) -> str:
+    sha = blocks_hash(data.base_ids)
+    return training_fingerprint(protocol.sizes, protocol.base_recipe, sha, f"seed {_BASE_SEED}", device, compile)
+
+
+def _check_one_base(bank: RetrainingBank, folder: Path) -> None:
+    """Refuses a bank whose models started from base models that are not the same."""
+    losses = bank.metrics["base_loss"]
+    losses = losses[losses.isfinite()]
+    apart = float(losses.max() - losses.min())
+    if apart > _SAME_BASE:
+        raise BankError(
+            f"models of the bank in {folder} started from base models whose query losses are {apart:.4f} nats apart, "
+            f"expected at most {_SAME_BASE}: a base model was trained again with other code, libraries or hardware; "
+            "delete the folder to train the bank again"
+        )
 
 
 def _lds_plan(protocol: Protocol, seed: int) -> BankPlan:
@@ -180,10 +230,8 @@ def _lds_plan(protocol: Protocol, seed: int) -> BankPlan:
     )
 
 
-def _fingerprint(
-    protocol: Protocol, data: TextBlocks, base: Mapping[str, Tensor], device: str, compile: bool | None
-) -> str:
-    return training_fingerprint(protocol.sizes, protocol.recipe, data.sha256, weights_hash(base), device, compile)
+def _fingerprint(protocol: Protocol, data: TextBlocks, start: _Start, device: str, compile: bool | None) -> str:
+    return training_fingerprint(protocol.sizes, protocol.recipe, data.sha256, start.name, device, compile)
 
 
 def _folder(directory: str | Path, plan: BankPlan, fingerprint: str) -> Path:

@@ -25,7 +25,7 @@ from grass_lib.gradients.language import causal_loss, log_odds
 from grass_lib.rng import Stream
 
 # Raised when the same recipe, data and streams would give other models.
-_TRAINER_VERSION = 1
+_TRAINER_VERSION = 2
 _QUERY_BATCH = 16
 
 
@@ -116,6 +116,7 @@ class TextTrainer:
             compile: Compiles the pass; None does on a GPU.
         """
         self._base = base
+        self._base_loss: Tensor | None = None
         self._loop = TrainingLoop(sizes, recipe, device=device, compile=compile)
         self._train_ids = data.train_ids.to(self._loop.device)
         self._query_ids = data.query_ids.to(self._loop.device)
@@ -129,10 +130,13 @@ class TextTrainer:
 
         Returns:
             Outputs ``(g, n_query)`` (log-odds of the mean token, higher is better), weights, and each model's mean
-            query loss as ``loss`` and ``perplexity``.
+            query loss as ``loss`` and ``perplexity``, that of the weights it started from as ``base_loss``.
         """
         outputs, states, losses = [], [], []
         with one_cpu_thread():
+            if self._base_loss is None:
+                load_weights(self._loop.model, self._base)
+                self._base_loss = self._loop.query_losses(self._query_ids).mean()
             for subset, member in zip(subsets, members, strict=True):
                 ids = self._train_ids[subset.to(self._train_ids.device)]
                 self._loop.fit(self._base, ids, member.stream("order"), member.stream("dropout"))
@@ -141,7 +145,8 @@ class TextTrainer:
                 losses.append(loss.mean())
                 states.append(weights_of(self._loop.model))
         loss = torch.stack(losses)
-        return TrainedGroup(torch.stack(outputs), states, {"loss": loss, "perplexity": loss.exp()})
+        metrics = {"loss": loss, "perplexity": loss.exp(), "base_loss": self._base_loss.expand(len(members)).clone()}
+        return TrainedGroup(torch.stack(outputs), states, metrics)
 
 
 class TrainingLoop:

@@ -59,13 +59,27 @@ class LayerCapture:
         """Whether the contraction may wait until the backward pass is over: both its sides are short."""
         return self.shape.kind in ("linear", "conv1d") and not (self.out.is_identity or self.into.is_identity)
 
-    def apply(self, module: nn.Module, x: Tensor, y: Tensor, probe: Tensor, meter: Meter | None) -> Tensor:
-        """Hands ``y`` on, with the probe attached.
+    def keep(self, module: nn.Module, x: Tensor, meter: Meter | None) -> tuple[Tensor, ...]:
+        """What is needed of the input: its compressed side; for a norm the input itself, which it has anyway.
+
+        Done before the layer runs, while its input is still in the device's cache.
 
         Args:
             module: The layer.
             x: Its input.
-            y: Its output.
+            meter: Measures the time; None while a compiler traces.
+        """
+        with torch.no_grad(), measured(meter):
+            if self.shape.kind in NORMS:
+                return x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm")
+            return (self._into(module, x.detach()),)
+
+    def apply(self, kept: tuple[Tensor, ...], y: Tensor, probe: Tensor, meter: Meter | None) -> Tensor:
+        """Hands ``y`` on, with the probe attached.
+
+        Args:
+            kept: From `keep`.
+            y: The layer's output.
             probe: ``(batch, size)``.
             meter: Measures the time of the compression; None while a compiler traces.
 
@@ -80,23 +94,18 @@ class LayerCapture:
                     "expected samples on dimension 0. Leave it out of layers="
                 )
             # Position embeddings are looked up once for all samples.
-            x, y = x.expand(batch, *x.shape[1:]), y.expand(batch, *y.shape[1:])
-        return _Capture.apply(y, probe, self._out_index, self._out_matrix, self, meter, *self._keep(module, x, meter))
+            kept = tuple(part.expand(batch, *part.shape[1:]) for part in kept)
+            y = y.expand(batch, *y.shape[1:])
+        return _Capture.apply(y, probe, self._out_index, self._out_matrix, self, meter, *kept)
 
-    def tap(self, module: nn.Module, x: Tensor, y: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    def tap(self, y: Tensor, probe: Tensor) -> Tensor:
         """Like `apply`, with the contraction left to `join`.
 
         Args:
-            module: The layer.
-            x: Its input.
-            y: Its output ``(batch, ..., d_out)``.
+            y: The layer's output ``(batch, ..., d_out)``.
             probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
-
-        Returns:
-            ``y``, and the compressed input side ``(batch, ..., k2)``.
         """
-        (kept,) = self._keep(module, x, None)
-        return _Tap.apply(y, probe, self._out_index, self._out_matrix, self), kept
+        return _Tap.apply(y, probe, self._out_index, self._out_matrix, self)
 
     def shorten(self, delta: Tensor, index: Tensor | None, matrix: Tensor | None) -> Tensor:
         """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
@@ -138,12 +147,6 @@ class LayerCapture:
             return self._contract_tokens(_wide(_tokens(left)).mT, kept[0].flatten(1))
         return self.join(left, kept[0])
 
-    def _keep(self, module: nn.Module, x: Tensor, meter: Meter | None) -> tuple[Tensor, ...]:
-        with torch.no_grad(), measured(meter):
-            if self.shape.kind in NORMS:
-                return x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm")
-            return (self._into(module, x.detach()),)
-
     def _contract_tokens(self, left: Tensor, ids: Tensor) -> Tensor:
         """Of an embedding whose vocabulary stays whole: ``left (batch, k1, tokens)`` summed by token."""
         batch, vocabulary = len(left), self.into.k
@@ -184,7 +187,7 @@ class _Capture(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, matrix, *kept)
         ctx.layer, ctx.meter = layer, meter
-        return y.view_as(y)
+        return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,11 +206,22 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, matrix)
         ctx.layer = layer
-        return y.view_as(y)
+        return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0], ctx.layer.shorten(gradients[0], *ctx.saved_tensors), None, None, None
+
+
+def _handed_on(ctx: Any, y: Tensor) -> Tensor:
+    """A layer's output as the output of a function, without a copy.
+
+    It is the same tensor, not a view of it, so that an activation after the layer may work in place.
+    """
+    if torch.compiler.is_compiling() or y._is_view():
+        return y.view_as(y)
+    ctx.mark_dirty(y)
+    return y
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -222,7 +236,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Batched product with at least float32 sums and results."""
-    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16):
-        # The products of two half numbers are exact in float32: tensor cores lose nothing.
+    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
+        # The products are exact in float32: tensor cores lose nothing. (Sums of float16 may be rounded on the way.)
         return torch.bmm(left, right, out_dtype=torch.float32)
     return _wide(left) @ _wide(right)

@@ -23,7 +23,7 @@ from grass_lib.projection import Mask, Projector, build_projector
 from grass_lib.specs import CompressionSpec, StageSpec
 
 # Layers whose contraction and stage 2 run side by side in a recorded step: each alone would leave most of a GPU idle.
-_STREAMS = 8
+_STREAMS = 4
 
 LayerMasks: TypeAlias = Mapping[str, Mask | str | Path]
 

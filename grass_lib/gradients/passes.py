@@ -66,7 +66,7 @@ class CapturePass:
         self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile else _evaluate
         self._meter, self._dtype = meter, dtype
         self._probes: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs: dict[str, tuple[Tensor, ...]] = {}
         self._deferred: Sides = {}
         self._depth = 0
 
@@ -87,8 +87,9 @@ class CapturePass:
                 parameter.requires_grad_(False)
             stack.enter_context(evaluating(self.model))
             for name, capture in self.captures.items():
-                handle = self._modules[name].register_forward_hook(self._hook(capture), with_kwargs=True)
-                stack.callback(handle.remove)
+                module = self._modules[name]
+                stack.callback(module.register_forward_pre_hook(self._before(capture), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._after(capture)).remove)
             self._depth = 1
             stack.callback(setattr, self, "_depth", 0)
             yield
@@ -127,7 +128,8 @@ class CapturePass:
                     )
                 unused: list[Tensor | None] = [None] * len(probes)
                 found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
-            return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), self._inputs)
+            inputs = {name: self._inputs[name][0] for name in self._deferred if name in self._inputs}
+            return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), inputs)
         finally:
             self._probes, self._deferred, self._inputs = {}, {}, {}
 
@@ -157,18 +159,27 @@ class CapturePass:
             if len(uses) == 1 and uses[0][0][0] == n and self.captures[name].can_defer
         }
 
-    def _hook(self, capture: LayerCapture) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            probe = self._probes.get(capture.name)
-            if probe is None:
-                return None
-            x = args[0] if args else next(iter(kwargs.values()))
-            if capture.name in self._deferred:
-                y, self._inputs[capture.name] = capture.tap(module, x, y, probe)
-                return y
-            return capture.apply(module, x, y, probe, None if torch.compiler.is_compiling() else self._meter)
+    def _before(self, capture: LayerCapture) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if capture.name in self._probes:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self._inputs[capture.name] = capture.keep(module, x, self._clock())
 
         return hook
+
+    def _after(self, capture: LayerCapture) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            name = capture.name
+            if name not in self._probes:
+                return None
+            if name in self._deferred:
+                return capture.tap(y, self._probes[name])
+            return capture.apply(self._inputs.pop(name), y, self._probes[name], self._clock())
+
+        return hook
+
+    def _clock(self) -> Meter | None:
+        return None if torch.compiler.is_compiling() else self._meter
 
 
 def _evaluate(output: Output, model: nn.Module, samples: Batch) -> Tensor:

@@ -237,9 +237,30 @@ def test_the_model_is_left_as_it_was(fails):
         factored(batch)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert [module.training for module in model.modules()] == modes
-    assert all(not module._forward_hooks for module in model.modules())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sparsification", ["identity", "random_mask-3*4", "normal-4*3"])
+def test_activations_in_place_change_nothing(sparsification):
+    def build(inplace):
+        torch.manual_seed(0)
+        layers = [
+            nn.Linear(6, 8),
+            nn.ReLU(inplace),
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.ReLU(inplace),
+            nn.Linear(8, 3),
+        ]
+        return nn.Sequential(*layers)
+
+    samples = zoo.make_samples("mlp", N)
+    options = {"layers": "all", "sparsification": sparsification}
+    plain, _ = FactoredGradients(build(False), cross_entropy, **options)(samples)
+    found, _ = FactoredGradients(build(True), cross_entropy, **options)(samples)
+    assert all(torch.equal(found[layer], rows) for layer, rows in plain.items())
 
 
 def test_masks_of_two_sides():
