@@ -174,7 +174,9 @@ def main() -> None:
                 steps.append((label, compiled, graph, build))
         steps += [
             ("training", compiled, False, partial(training_step, model, compiled))
-            for compiled in ((False,) if arguments.no_compiled_training else (False, True))
+            for compiled in (
+                () if arguments.no_training else (False,) if arguments.no_compiled_training else (False, True)
+            )
         ]
         for label, compiled, graph, build in steps:
             torch._dynamo.reset()
