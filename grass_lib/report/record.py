@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,6 +144,26 @@ class Run:
         folder = runs_root() / SHARED / f"{self._experiment}-{self._scale}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def keep(self, name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Keeps a measurement for attempts of this run that find its work done, and so cannot measure it again.
+
+        Args:
+            name: a plain name.
+            value: what was measured; None asks for what an earlier attempt kept.
+
+        Returns:
+            The value, or the one kept before; None where there is none.
+
+        Raises:
+            UsageError: the name is not a plain name, or JSON cannot hold the value.
+        """
+        if not is_run_id(name):
+            raise UsageError(f"{name!r} is not a plain name, expected letters, digits, '.', '_' or '-'")
+        path = self.path("kept", f"{name}.json")
+        if value is not None:
+            write_atomic(path, json_bytes(plain(dict(value), name)))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def describe_data(self, *, source: str, rows: int, sha256: str, kind: str) -> None:
         """Says which data the run used; `finish` needs it.

@@ -196,7 +196,7 @@ _ROW_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 # Fields that only some attributors have, checked where they are.
 _OPTIONAL_ROW_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("seconds", _mapping_of(_positive), "seconds >= 0 by name of the phase"),
+    ("seconds", _optional(_mapping_of(_positive)), "seconds >= 0 by name of the phase, or null"),
     ("k_total", _optional(_count), "the sum of k over the layers"),
     ("layers", _optional(_count), "a number of layers"),
     ("head_included", lambda value: value is None or isinstance(value, bool), "true or false"),

@@ -124,6 +124,15 @@ def test_shared_folder_is_one_for_all_runs_of_a_scale(project):
         begin().shared("../networks")
 
 
+def test_measurements_are_kept_for_later_attempts(project):
+    assert begin().keep("seconds-a", None) is None
+    assert begin().keep("seconds-a", {"gradients": 1.5}) == {"gradients": 1.5}
+    assert begin().keep("seconds-a", None) == {"gradients": 1.5}
+    assert begin().keep("seconds-a", {"gradients": 2.0}) == {"gradients": 2.0}
+    with pytest.raises(UsageError, match="plain name"):
+        begin().keep("../a", None)
+
+
 def test_wrong_use_is_explained(project):
     with pytest.raises(UsageError, match="scale is 'huge', expected 'embedded' or 'paper'"):
         begin(scale="huge")
