@@ -122,6 +122,7 @@ class LearnedRecipe:
         start: ``energy`` begins with the standardised logarithms of the second moments, ``random`` with 0.01 N(0, 1).
         choose: ``best`` keeps the mask with the best held-out hard-mask correlation, ``last`` the final one.
         checks: How often in the whole training the hard mask is checked on held-out pairs.
+        min_steps: Epochs are added until there are so many steps.
         reference_rules: Two rules of the reference: a penalty times max(0.1, active / 2k) while active <= 2k, where
             active counts m > 1/2; and S = 2 tau for the k largest whenever fewer than k are active.
 
@@ -140,6 +141,7 @@ class LearnedRecipe:
     start: Literal["energy", "random"] = "energy"
     choose: Literal["best", "last"] = "best"
     checks: int = 20
+    min_steps: int = 400
     reference_rules: bool = False
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ class LearnedRecipe:
             raise UsageError(f"{self}: expected lr above 0, and temperatures above 0 that do not rise")
         if self.penalty is not None and not 0.0 <= self.penalty < math.inf:
             raise UsageError(f"penalty is {self.penalty}; expected 0 or more, or None to hold sum(m) at k")
-        for name in ("epochs", "checks", "patience", "batch_size", "query_batch"):
+        for name in ("epochs", "checks", "min_steps", "patience", "batch_size", "query_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected 1 or more")
@@ -170,6 +172,7 @@ class LearnedRecipe:
             start="random",
             choose="last",
             checks=10,
+            min_steps=1,
             reference_rules=True,
         )
 
