@@ -44,9 +44,7 @@ def hard_mask_correlation(
     for block in rows:
         block = block.to(torch.float32)
         part = slice(seen, seen + len(block))
-        full[:, part] = sum(
-            (left[:, at : at + COLUMNS] @ block[:, at : at + COLUMNS].mT) for at in range(0, rows.p, COLUMNS)
-        )
+        full[:, part] = left @ block.mT
         masked[:, part] = kept @ block[:, indices].mT
         seen += len(block)
     counts = has_variation(full)
