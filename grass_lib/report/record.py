@@ -17,7 +17,7 @@ from grass_lib.report import environment
 from grass_lib.report.files import folder_bytes, json_bytes, write_atomic
 from grass_lib.report.schema import DATA_KINDS, RunRecord, check_row, is_run_id, load_record, parse_record
 from grass_lib.report.scrub import scrub_json
-from grass_lib.report.values import fields_of, plain, seconds_fields
+from grass_lib.report.values import fields_of, plain, seconds_fields, stages_of
 
 __all__ = ["SENTINEL", "Run", "RunRecord", "Sentinel", "load_record", "parse_record"]
 
@@ -39,14 +39,6 @@ class Sentinel(str):
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _stages(spec: Any, sparsification: Any, projection: Any) -> Any:
-    from grass_lib.specs import CompressionSpec
-
-    if spec is None:
-        return CompressionSpec.parse(sparsification=str(sparsification), projection=str(projection))
-    return spec if isinstance(spec, CompressionSpec) else CompressionSpec.parse(str(spec))
 
 
 class Run:
@@ -245,7 +237,7 @@ class Run:
             UsageError: a value that JSON cannot hold.
             SpecError: the spec cannot be parsed.
         """
-        stages = _stages(spec, sparsification, projection)
+        stages = stages_of(spec, sparsification, projection)
         ceiling = noise_ceiling if noise_ceiling is not None else getattr(lds, "noise_ceiling", None)
         last = stages.sparsification if stages.projection.family == "identity" else stages.projection
         row = {

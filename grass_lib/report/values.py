@@ -60,3 +60,21 @@ def seconds_fields(seconds: float | Sequence[float] | None) -> dict[str, Any]:
     generator = random.Random(0)
     sums = sorted(len(parts) * statistics.median(generator.choices(parts, k=len(parts))) for _ in range(1000))
     return {**total, "projection_seconds_interval": [sums[25], sums[974]]}
+
+
+def stages_of(spec: Any, sparsification: Any = "identity", projection: Any = "identity") -> Any:
+    """The `CompressionSpec` of a result row.
+
+    Args:
+        spec: one, or its string; None takes the two stages.
+        sparsification: stage 1.
+        projection: stage 2.
+
+    Raises:
+        SpecError: it cannot be parsed.
+    """
+    from grass_lib.specs import CompressionSpec
+
+    if spec is None:
+        return CompressionSpec.parse(sparsification=str(sparsification), projection=str(projection))
+    return spec if isinstance(spec, CompressionSpec) else CompressionSpec.parse(str(spec))
