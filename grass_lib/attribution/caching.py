@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
-from grass_lib.attribution.curvature import Curvature, RowBlock, exact_products
+from grass_lib.attribution.curvature import Curvature, RowBlock
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch
+from grass_lib.precision import exact_products
 from grass_lib.store import ShardWriter, Store
 
 _PINNED_BYTES = 2**30

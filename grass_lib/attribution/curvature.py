@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -144,17 +143,6 @@ def slices(length: int, row_bytes: int) -> Iterator[slice]:
     step = max(1, _BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Full float32 matrix products, also on a GPU where the caller allows faster ones."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class _StreamBlock:

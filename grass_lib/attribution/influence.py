@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.attribution.caching import ShardCache, check_compile, check_order, reproducible
-from grass_lib.attribution.curvature import Curvature, exact_products
+from grass_lib.attribution.curvature import Curvature
 from grass_lib.attribution.origin import KeptStore
 from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose, primal_layers
 from grass_lib.attribution.ranking import TopK, TopKMerge
@@ -23,6 +23,7 @@ from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import progress_bar, sample_count
+from grass_lib.precision import exact_products
 from grass_lib.specs import parse_hessian
 from grass_lib.store import Store
 

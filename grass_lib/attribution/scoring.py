@@ -11,13 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grass_lib.attribution.caching import check_finite
-from grass_lib.attribution.curvature import exact_products, slices
+from grass_lib.attribution.curvature import slices
 from grass_lib.attribution.preconditioner import LayerBasis, warn_unresolved
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import clock, progress_bar, sample_count
+from grass_lib.precision import exact_products
 from grass_lib.store import Store
 
 CPU_QUERY_BYTES = 2**30

@@ -22,6 +22,7 @@ from grass_lib.experiments.data.blocks import TextBlocks
 from grass_lib.experiments.models.gpt2 import GPT2Sizes, build_gpt2, initial_weights, load_weights, weights_of
 from grass_lib.experiments.training import one_cpu_thread
 from grass_lib.gradients.language import causal_loss, log_odds
+from grass_lib.precision import exact_products
 from grass_lib.rng import Stream
 
 # Raised when the same recipe, data and streams would give other models.
@@ -212,7 +213,7 @@ class TrainingLoop:
             ``(n,)`` on the CPU.
         """
         self.model.eval()
-        with torch.inference_mode(), _exact_products():
+        with torch.inference_mode(), exact_products():
             found = [
                 causal_loss(self.model, {"input_ids": part, "labels": part}, "mean") for part in ids.split(_QUERY_BATCH)
             ]
@@ -317,14 +318,3 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
         finally:
             torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
             memory.fill_uninitialized_memory = filled
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Full float32 matrix products, also on a GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

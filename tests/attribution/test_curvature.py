@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
-from grass_lib.attribution.curvature import Curvature, RowBlock, block_rows, exact_products, stream_curvature
+from grass_lib.attribution.curvature import Curvature, RowBlock, block_rows, stream_curvature
 from grass_lib.attribution.preconditioner import dual_basis, primal_basis, primal_layers, warn_unresolved
 from grass_lib.errors import GrassError
+from grass_lib.precision import exact_products
 from grass_lib.store import MemoryStore
 
 CPU = torch.device("cpu")
