@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grass_lib.errors import UsageError
 from grass_lib.masks.energy import fit_energy
-from grass_lib.masks.learned import fit_learned
+from grass_lib.masks.learned import learn
 from grass_lib.masks.leverage import fit_leverage
 from grass_lib.masks.source import GradientSource, as_source, check_request
 from grass_lib.masks.uniform import fit_random
@@ -58,7 +58,7 @@ def fit(
     Returns:
         The mask on the CPU. Its scores are second moments, leverage scores or the learned S; a random one has none. Its
         provenance has ``method``, ``seed``, ``name``, ``n``, ``options``, and for ``learned`` ``steps``,
-        ``held_out_correlation`` and ``start_correlation`` (of the mask that it started from).
+        ``held_out_correlation`` and ``energy_correlation`` (of the energy mask, on the same pairs).
 
     Raises:
         UsageError: An argument is out of range, or the gradients are not finite, all zero or too few.
@@ -80,9 +80,8 @@ def fit(
     elif method == "leverage":
         indices, scores = fit_leverage(source, k, seed=seed, name=name, **options)
     else:
-        indices, scores, facts = fit_learned(
-            source, k, queries=asked, seed=seed, name=name, progress=progress, **options
-        )
+        found = learn(source, k, queries=asked, seed=seed, name=name, progress=progress, **options)
+        indices, scores, facts = found.indices, found.scores, found.facts
     shown = json.dumps({key: str(value) for key, value in options.items()}, sort_keys=True)
     own = {"method": method, "seed": str(seed), "name": name, "n": str(source.n), "options": shown, **facts}
     clash = sorted(set(provenance or {}) & set(own))

@@ -9,30 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from grass_lib.errors import UsageError
-from grass_lib.masks.energy import add_squares
-from grass_lib.masks.objective import (
-    BestMask,
-    LearnedRecipe,
-    has_variation,
-    pearson_gradient,
-    score_step,
-    spearman_rows,
-    threshold,
-    top_k,
-)
-from grass_lib.masks.rows import CACHE_BYTES, HeldRows, Part, Rows, WalkedRows, column_blocks, hold
-from grass_lib.masks.source import GradientSource, check_nonzero
+from grass_lib.masks.objective import Adam, BestMask, LearnedRecipe, score_step, threshold, top_k
+from grass_lib.masks.problem import Problem, prepare
+from grass_lib.masks.rows import CACHE_BYTES
+from grass_lib.masks.source import GradientSource
 from grass_lib.rng import Stream
-
-MAX_QUERIES = 512
-"""Most rows that serve as queries; more are thinned out at random."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,63 +30,26 @@ class Learned:
     Attributes:
         indices: int64 ``(k,)``, ascending.
         scores: Their scores S ``(k,)``.
-        correlation: Mean held-out hard-mask Spearman correlation of the mask.
-        start_correlation: The same for the k coordinates that the training started from.
+        correlation: Mean Spearman correlation of the hard mask on held-out pairs; a little too good, because the mask
+            was chosen by it among those of all checks.
+        energy_correlation: The same for the k coordinates with the largest second moments.
         steps: Optimiser steps taken.
     """
 
     indices: Tensor
     scores: Tensor
     correlation: float
-    start_correlation: float
+    energy_correlation: float
     steps: int
 
-
-class _Problem:
-    """Rows, queries and their full inner products."""
-
-    def __init__(self, rows: Rows, queries: HeldRows, fit: Tensor, held_out: Tensor) -> None:
-        self.rows, self.queries, self.fit, self.held_out = rows, queries, fit, held_out
-        self.p = queries.matrix.shape[1]
-        self.device = queries.matrix.device
-        self.full = torch.empty(queries.n, rows.n, device=self.device)
-        everything = torch.arange(queries.n, device=self.device)
-        for positions, part in rows.batches(256, torch.arange(rows.n)):
-            self.full[:, positions] = self._products(everything, part, None)
-
-    def _products(self, queries: Tensor, part: Part, weights: Tensor | None) -> Tensor:
-        total: Tensor | None = None
-        for columns in column_blocks(self.p):
-            left = self.queries.part(queries, columns)
-            if weights is not None:
-                left *= weights[columns]
-            product = left @ part(columns).mT
-            total = product if total is None else total.add_(product)
-        if total is None:
-            raise UsageError("there are no columns")
-        return total
-
-    def gains(self, mask: Tensor, positions: Tensor, part: Part, queries: Tensor) -> tuple[float, Tensor]:
-        """Mean correlation of a batch, and its gradient with respect to m ``(p,)``."""
-        masked = self._products(queries, part, mask.square())
-        full = self.full.index_select(0, queries).index_select(1, positions)
-        correlation, slope = pearson_gradient(full, masked)
-        # The slope is made of ordinary size for the products in float32, whatever the size of the gradients.
-        largest = float(slope.abs().max()) or 1.0
-        slope = (slope / largest).to(torch.float32)
-        gain = torch.empty(self.p, device=self.device)
-        for columns in column_blocks(self.p):
-            gain[columns] = ((slope @ part(columns)) * self.queries.part(queries, columns)).sum(dim=0)
-        return float(correlation.mean()), gain.mul_(mask).mul_(2.0 * largest)
-
-    def check(self, indices: Tensor) -> float:
-        """Mean Spearman correlation of the hard mask on held-out queries and all rows."""
-        queries = self.queries.matrix[self.queries.numbers[self.held_out]][:, indices].to(torch.float32)
-        full = self.full[self.held_out]
-        usable = has_variation(full)
-        if not bool(usable.any()):
-            return 0.0
-        return float(spearman_rows(full[usable], (queries @ self.rows.columns(indices).mT)[usable]).mean())
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What the provenance of the mask says about the training."""
+        return {
+            "held_out_correlation": f"{self.correlation:.6f}",
+            "energy_correlation": f"{self.energy_correlation:.6f}",
+            "steps": str(self.steps),
+        }
 
 
 def learn(
@@ -108,12 +59,15 @@ def learn(
     queries: GradientSource | None = None,
     seed: int = 0,
     name: str = "",
-    recipe: LearnedRecipe | None = None,
+    recipe: LearnedRecipe | Literal["paper"] | None = None,
     cache_bytes: int = CACHE_BYTES,
     cache_folder: str | Path | None = None,
     progress: bool = True,
 ) -> Learned:
     """Learns a mask.
+
+    A quarter of the queries and a fifth of the rows (at most 1,000; none where there are fewer than 30) are held out.
+    The mask with the best correlation on pairs of these is returned; the energy mask is the first candidate.
 
     Memory: ``2 n p`` bytes for a bfloat16 copy of the gradients (none for a matrix that is in memory already),
     ``2 q p`` for at most 512 queries of their own, about ``60 p`` for the scores and Adam, and 100 MiB of blocks. Where
@@ -126,7 +80,7 @@ def learn(
         queries: Gradients of queries; None sets a fifth of the rows aside (at most 512) as queries.
         seed: Of every random choice.
         name: Of every random choice.
-        recipe: How to train.
+        recipe: How to train; "paper" for `LearnedRecipe.paper`.
         cache_bytes: Largest copy in memory.
         cache_folder: Folder for a temporary file with the copy.
         progress: Shows a bar when it lasts more than 3 s.
@@ -137,96 +91,42 @@ def learn(
     Raises:
         UsageError: There are too few rows or queries, a gradient is not finite, or all are zero.
     """
-    recipe = LearnedRecipe() if recipe is None else recipe
-    problem, energy = _prepare(source, queries, seed, name, cache_bytes, cache_folder)
-    start = top_k(energy, k)
+    if recipe is None or recipe == "paper":
+        recipe = LearnedRecipe() if recipe is None else LearnedRecipe.paper()
+    if not isinstance(recipe, LearnedRecipe):
+        raise UsageError(f"recipe is {recipe!r}; expected a LearnedRecipe or 'paper'")
+    problem = prepare(source, queries, seed=seed, name=name, cache_bytes=cache_bytes, cache_folder=cache_folder)
     best = BestMask(recipe.patience)
-    scores = _start_scores(energy, recipe, seed, name)
-    start_correlation = problem.check(start)
-    best.offer(start_correlation, start, scores[start])
+    by_energy = top_k(problem.energy, k)
+    energy_check = problem.check(by_energy)
+    best.offer(energy_check, by_energy, problem.energy[by_energy].to(torch.float32))
+    scores = _start_scores(problem, recipe, seed, name)
+    first = top_k(scores, k)
+    best.offer(problem.check(first), first, scores[first])
     steps = _ascend(problem, scores, k, recipe, best, Stream(seed, name, "mask/order"), progress)
+    before = float(energy_check.mean())
     if recipe.choose == "last" or best.indices is None or best.scores is None:
         indices = top_k(scores, k)
-        return Learned(indices, scores[indices], problem.check(indices), start_correlation, steps)
-    return Learned(best.indices, best.scores, best.correlation, start_correlation, steps)
+        return Learned(indices, scores[indices], float(problem.check(indices).mean()), before, steps)
+    return Learned(best.indices, best.scores, best.correlation, before, steps)
 
 
-def _prepare(
-    source: GradientSource,
-    queries: GradientSource | None,
-    seed: int,
-    name: str,
-    cache_bytes: int,
-    cache_folder: str | Path | None,
-) -> tuple[_Problem, Tensor]:
-    """Splits rows and queries, keeps what has to be kept, and gives the second moments ``(p,)`` on the way."""
-    pool = source if queries is None else queries
-    order = Stream(seed, name, "mask/queries").permutation(pool.n)
-    n_query = min(MAX_QUERIES, pool.n if queries is not None else max(2, pool.n // 5))
-    n_rows = source.n if queries is not None else source.n - n_query
-    if n_query < 2 or n_rows < 3:
-        raise UsageError(
-            f"there are {source.n} gradients and {'no' if queries is None else queries.n} queries; a learned mask "
-            "needs at least 3 training samples and 2 queries (5 samples, where queries are taken from them)"
-        )
-    chosen = order[:n_query].sort().values
-    left = torch.ones(source.n, dtype=torch.bool)
-    if queries is None:
-        left[chosen] = False
-    numbers = left.nonzero().flatten()
-    energy = torch.zeros(source.p, dtype=torch.float64, device=source.device)
-
-    def add(block: Tensor) -> None:
-        add_squares(energy, block)
-
-    numbers, chosen = left.nonzero().flatten().to(source.device), chosen.to(source.device)
-    everything = torch.arange(source.n, device=source.device)
-    matrix = source.rows
-    if matrix is not None:
-        for block in source:
-            add(block)
-    elif 2 * source.n * source.p <= cache_bytes or cache_folder is not None:
-        matrix = hold(source, everything, add, folder=cache_folder)
-    rows: Rows
-    if matrix is not None:
-        rows = HeldRows(matrix, numbers)
-        held = matrix if queries is None else None
-    else:
-        places = torch.full((source.n,), -1, dtype=torch.int64, device=source.device)
-        places[numbers] = torch.arange(len(numbers), device=source.device)
-        rows = WalkedRows(source, places)
-        held = None
-        if queries is not None:
-            for block in source:
-                add(block)
-    if held is None:
-        held = pool.rows if pool.rows is not None else hold(pool, chosen, add if queries is None else _ignore)
-        chosen = chosen if pool.rows is not None else torch.arange(n_query, device=held.device)
-    check_nonzero(energy)
-    scale = float(energy.mean() / source.n) ** -0.5
-    shuffled = Stream(seed, name, "mask/held_out").permutation(n_query).to(source.device)
-    n_held = max(1, n_query // 4)
-    problem = _Problem(rows, HeldRows(held, chosen, scale), shuffled[n_held:].sort().values, shuffled[:n_held])
-    return problem, energy
-
-
-def _ignore(block: Tensor) -> None:
-    del block
-
-
-def _start_scores(energy: Tensor, recipe: LearnedRecipe, seed: int, name: str) -> Tensor:
+def _start_scores(problem: Problem, recipe: LearnedRecipe, seed: int, name: str) -> Tensor:
     """S before the first step, float32 ``(p,)``."""
+    energy = problem.energy
     if recipe.start == "random":
         return Stream(seed, name, "mask/start").normal(len(energy), device=energy.device).mul_(0.01)
-    # A coordinate that is always 0 cannot matter; it starts as the smallest of the others.
-    level = energy.clamp(min=float(energy[energy > 0].min())).log()
-    spread = float(level.std(correction=0))
+    level = problem.alignment() if recipe.start == "alignment" else energy
+    if not bool((level > 0).any()):
+        level = energy
+    # A logarithm needs positive numbers: the others start as the smallest of these.
+    level = level.clamp(min=float(level[level > 0].min())).log()
     level = level - level.mean()
-    return (level / max(1.0, spread)).to(torch.float32)
+    return (level / max(1.0, float(level.std(correction=0)))).to(torch.float32)
 
 
 def _ascend(
-    problem: _Problem,
+    problem: Problem,
     scores: Tensor,
     k: int,
     recipe: LearnedRecipe,
@@ -235,32 +135,26 @@ def _ascend(
     progress: bool,
 ) -> int:
     """Adam on the scores, in place; returns the number of steps."""
-    rows = problem.rows
+    rows, n_fit = problem.fit.rows, len(problem.fit.queries)
     size = rows.n if recipe.batch_size is None else min(recipe.batch_size, rows.n)
-    n_fit = len(problem.fit)
     n_query = n_fit if recipe.query_batch is None else min(recipe.query_batch, n_fit)
     per_epoch = -(-rows.n // size)
     epochs = max(recipe.epochs, -(-recipe.min_steps // per_epoch))
     total = epochs * per_epoch
     check_every = max(1, total // recipe.checks)
-    adam = torch.optim.Adam([scores], lr=recipe.lr)
+    adam = Adam(scores, recipe.lr, recipe.floor, k)
     step = 0
     with tqdm(total=total, desc="mask", unit="step", disable=not progress, delay=3.0, leave=False) as bar:
         for epoch in range(epochs):
-            order = stream.permutation(rows.n, index=epoch)
-            for positions, part in rows.batches(size, order):
+            for positions, part in rows.batches(size, stream.permutation(rows.n, index=epoch)):
                 temperature = recipe.temperature(step / max(1, total - 1))
                 shift = threshold(scores, k, temperature) if recipe.penalty is None else 0.0
                 mask = torch.sigmoid((scores - shift) / temperature)
-                if len(positions) >= 3:
-                    picked = problem.fit
-                    if n_query < n_fit:
-                        drawn = stream.permutation(n_fit, index=epochs + step)[:n_query].sort().values
-                        picked = problem.fit[drawn.to(picked.device)]
-                    _, gain = problem.gains(mask, positions, part, picked)
-                    penalty = _penalty(mask, k, recipe)
-                    scores.grad = -score_step(gain, mask, temperature, penalty)
-                    adam.step()
+                if len(positions) >= 3:  # a correlation of two is always 1 or -1
+                    picked = stream.permutation(n_fit, index=epochs + step)[:n_query].sort().values
+                    gain = problem.gain(mask.square(), positions, part, picked.to(scores.device))
+                    gain.mul_(mask).mul_(2.0)
+                    adam.step(scores, score_step(gain, mask, temperature, _penalty(mask, k, recipe)))
                     if recipe.reference_rules:
                         _refill(scores, k, temperature)
                 step += 1
@@ -283,14 +177,3 @@ def _refill(scores: Tensor, k: int, temperature: float) -> None:
     """Sets the k largest scores to 2 tau where fewer than k are above 0 (m > 1/2)."""
     if int((scores > 0).sum()) < k:
         scores[top_k(scores, k)] = 2.0 * temperature
-
-
-def fit_learned(source: GradientSource, k: int, **options: Any) -> tuple[Tensor, Tensor, Mapping[str, str]]:
-    """`learn` as a mask's parts: indices ``(k,)``, scores ``(k,)``, and what the provenance says about the training."""
-    found = learn(source, k, **options)
-    facts = {
-        "held_out_correlation": f"{found.correlation:.6f}",
-        "start_correlation": f"{found.start_correlation:.6f}",
-        "steps": str(found.steps),
-    }
-    return found.indices, found.scores, facts

@@ -111,7 +111,7 @@ class LearnedRecipe:
 
     Attributes:
         lr: Step size of Adam on the scores S; about what a score moves in a step.
-        epochs: Most passes over the training rows.
+        epochs: Passes over the training rows.
         penalty: Weight of sum(m) in equation 1. None lets it be what keeps sum(m) = k in every step: the scores are
             shifted by a common threshold, and the penalty is the multiplier of that constraint.
         temperature_start: tau of ``m = sigmoid(S / tau)`` in the first step.
@@ -119,10 +119,15 @@ class LearnedRecipe:
         patience: Checks without a better held-out correlation after which training stops; None never stops early.
         batch_size: Training rows in a step; None takes all of them.
         query_batch: Queries in a step; None takes all of them.
-        start: ``energy`` begins with the standardised logarithms of the second moments, ``random`` with 0.01 N(0, 1).
+        start: The first scores: ``alignment`` and ``energy`` are logarithms of these, of spread at most 1, ``random``
+            is 0.01 N(0, 1). The alignment of a coordinate is the covariance of its own products q_j g_j with the full
+            inner products: its energy, and what it shares with others. A soft mask that is the same everywhere has
+            correlation 1, so that a start near it learns little.
         choose: ``best`` keeps the mask with the best held-out hard-mask correlation, ``last`` the final one.
         checks: How often in the whole training the hard mask is checked on held-out pairs.
         min_steps: Epochs are added until there are so many steps.
+        floor: Is added to Adam's root mean squares, as a multiple of the k-th largest of them: with 0 a coordinate whose
+            gain is mere noise moves as fast as those that matter.
         reference_rules: Two rules of the reference: a penalty times max(0.1, active / 2k) while active <= 2k, where
             active counts m > 1/2; and S = 2 tau for the k largest whenever fewer than k are active.
 
@@ -131,17 +136,18 @@ class LearnedRecipe:
     """
 
     lr: float = 0.05
-    epochs: int = 20
+    epochs: int = 4
     penalty: float | None = None
     temperature_start: float = 1.0
     temperature_end: float = 0.1
-    patience: int | None = 5
+    patience: int | None = 8
     batch_size: int | None = 256
-    query_batch: int | None = 128
-    start: Literal["energy", "random"] = "energy"
+    query_batch: int | None = 64
+    start: Literal["alignment", "energy", "random"] = "alignment"
     choose: Literal["best", "last"] = "best"
-    checks: int = 20
-    min_steps: int = 400
+    checks: int = 24
+    min_steps: int = 240
+    floor: float = 1.0
     reference_rules: bool = False
 
     def __post_init__(self) -> None:
@@ -153,9 +159,11 @@ class LearnedRecipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected 1 or more")
-        if self.start not in ("energy", "random") or self.choose not in ("best", "last"):
+        if not 0.0 <= self.floor < math.inf:
+            raise UsageError(f"floor is {self.floor}; expected 0 or more")
+        if self.start not in ("alignment", "energy", "random") or self.choose not in ("best", "last"):
             raise UsageError(
-                f"start is {self.start!r} and choose {self.choose!r}; expected energy or random, and best or last"
+                f"start is {self.start!r} and choose {self.choose!r}; expected alignment, energy or random, and best or last"
             )
 
     @classmethod
@@ -173,6 +181,7 @@ class LearnedRecipe:
             choose="last",
             checks=10,
             min_steps=1,
+            floor=0.0,
             reference_rules=True,
         )
 
@@ -230,26 +239,66 @@ class BestMask:
         Args:
             patience: As in `LearnedRecipe`.
         """
-        self.correlation = -math.inf
         self.indices: Tensor | None = None
         self.scores: Tensor | None = None
+        self.correlations: Tensor | None = None
         self._patience = patience
         self._idle = 0
 
-    def offer(self, correlation: float, indices: Tensor, scores: Tensor) -> bool:
-        """Takes a candidate; a tie keeps the earlier one.
+    @property
+    def correlation(self) -> float:
+        """Mean held-out correlation of the best mask; -inf without one."""
+        return -math.inf if self.correlations is None else float(self.correlations.mean())
+
+    def offer(self, correlations: Tensor, indices: Tensor, scores: Tensor) -> bool:
+        """Takes a candidate, which replaces the best only where it is better by a standard error over the queries.
 
         Args:
-            correlation: Its mean held-out hard-mask correlation.
+            correlations: Its held-out hard-mask correlations, by query.
             indices: ``(k,)``.
-            scores: ``(k,)``, copied.
+            scores: ``(k,)``.
 
         Returns:
             Whether training should stop.
         """
-        if correlation > self.correlation:
-            self.correlation, self.indices, self.scores = correlation, indices, scores.clone()
+        better = True
+        if self.correlations is not None:
+            gain = correlations - self.correlations
+            error = float(gain.std(correction=1)) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+            better = float(gain.mean()) > error
+        if better:
+            self.correlations, self.indices, self.scores = correlations, indices.clone(), scores.clone()
             self._idle = 0
         else:
             self._idle += 1
         return self._patience is not None and self._idle >= self._patience
+
+
+class Adam:
+    """Adam (Kingma and Ba, 2015) on one vector, uphill, with a floor under its denominators.
+
+    The floor is relative to the vector, and so the steps do not depend on the size of the gradients.
+    """
+
+    def __init__(self, like: Tensor, lr: float, floor: float, k: int) -> None:
+        """Starts at 0.
+
+        Args:
+            like: The vector ``(p,)``.
+            lr: Step size.
+            floor: As in `LearnedRecipe`.
+            k: Number of coordinates that will be kept.
+        """
+        self._first, self._second = torch.zeros_like(like), torch.zeros_like(like)
+        self._lr, self._floor, self._rank, self._steps = lr, floor, len(like) - k + 1, 0
+
+    def step(self, vector: Tensor, gradient: Tensor) -> None:
+        """Moves the vector ``(p,)`` in place."""
+        self._steps += 1
+        self._first.lerp_(gradient, 0.1)
+        self._second.lerp_(gradient.square(), 0.001)
+        mean = self._first / (1.0 - 0.9**self._steps)
+        root = (self._second / (1.0 - 0.999**self._steps)).sqrt_()
+        tiny = torch.finfo(root.dtype).tiny
+        floor = self._floor * float(root.kthvalue(self._rank).values) if self._floor else 0.0
+        vector.addcdiv_(mean, root.add_(max(floor, tiny)), value=self._lr)
