@@ -18,7 +18,8 @@ import argparse
 import gc
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def make_batch(size: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def activations_step(model: Any, compiled: bool, graph: bool) -> Callable[[dict[str, Tensor]], None]:
+@contextmanager
+def activations_step(model: Any, compiled: bool, graph: bool) -> Iterator[Callable[..., None]]:
     model.requires_grad_(False)
 
     def values(embedded: Tensor, labels: Tensor) -> Tensor:
@@ -74,10 +76,11 @@ def activations_step(model: Any, compiled: bool, graph: bool) -> Callable[[dict[
             recorded.append(RecordedStep(plain, batch))
         recorded[0](batch)
 
-    return step
+    yield step
 
 
-def training_step(model: Any, compiled: bool) -> Callable[[dict[str, Tensor]], None]:
+@contextmanager
+def training_step(model: Any, compiled: bool) -> Iterator[Callable[..., None]]:
     model.requires_grad_(True)
     run = torch.compile(causal_loss, dynamic=False) if compiled else causal_loss
 
@@ -85,34 +88,31 @@ def training_step(model: Any, compiled: bool) -> Callable[[dict[str, Tensor]], N
         model.zero_grad(set_to_none=True)
         run(model, batch).sum().backward()
 
-    return step
+    yield step
 
 
+@contextmanager
 def caching_step(
-    model: Any, compiled: bool, graph: bool, spec: dict[str, str], out: torch.dtype
-) -> Callable[..., None]:
+    model: Any, compiled: bool, graph: bool, size: int, spec: dict[str, str], out: torch.dtype
+) -> Iterator[Callable[..., None]]:
     factored = FactoredGradients(model, causal_loss, compile=compiled, graph=graph, timed=False, **spec)
-    rows: dict[str, Tensor] = {}
+    rows = torch.empty(size, factored.k, dtype=out, device="cuda")
 
     def step(batch: dict[str, Tensor]) -> None:
-        with factored.attached():
-            gradients, _ = factored(batch)
-        for name, found in gradients.items():
-            if name not in rows:
-                rows[name] = torch.empty_like(found, dtype=out)
-            rows[name].copy_(found)
+        gradients, _ = factored(batch)
+        rows.copy_(torch.cat(list(gradients.values()), dim=1))
 
-    return step
+    with factored.attached():
+        yield step
 
 
 def measure(step: Callable[..., None], batch: dict[str, Tensor], repeats: int) -> tuple[float, int]:
-    """Median seconds of a step and the peak bytes that PyTorch held for it."""
+    """Median seconds of a step, and the bytes that it needs: allocated at most, recordings with all they hold."""
     for _ in range(3):
         step(batch)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    reserved = torch.cuda.memory_reserved()
     seconds = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -121,10 +121,10 @@ def measure(step: Callable[..., None], batch: dict[str, Tensor], repeats: int) -
         end.record()
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1000)
-    # A replayed graph allocates nothing: what it holds is in the reserved memory.
-    return statistics.median(seconds), max(
-        torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), reserved
-    )
+    # A replayed graph allocates nothing: its memory is a pool of its own, which it keeps.
+    pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    held = sum(part["total_size"] - part["allocated_size"] for part in pools)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() + held
 
 
 def profile(step: Callable[..., None], batch: dict[str, Tensor], rows: int) -> str:
@@ -161,16 +161,22 @@ def main() -> None:
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--profile", type=int, default=0, help="Also print so many kernels of a step, by their time.")
     arguments = parser.parse_args()
-    rows = []
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "batch": arguments.batch,
+        "block": BLOCK,
+    }
+    rows: list[dict[str, Any]] = []
     for name in arguments.dtypes.split(","):
         dtype = getattr(torch, name)
         model, batch = make_model(dtype, arguments.layers), make_batch(arguments.batch)
         variants = [tuple(word in how for word in ("compiled", "graph")) for how in arguments.how.split(",")]
-        steps: list[tuple[str, bool, bool, Callable[[], Callable[..., None]]]] = []
+        steps: list[tuple[str, bool, bool, Callable[[], AbstractContextManager[Callable[..., None]]]]] = []
         for compiled, graph in variants:
             steps.append(("activations", compiled, graph, partial(activations_step, model, compiled, graph)))
             for label, spec in ((label, SPECS[label]) for label in arguments.specs.split(",")):
-                build = partial(caching_step, model, compiled, graph, spec, torch.bfloat16)
+                build = partial(caching_step, model, compiled, graph, arguments.batch, spec, torch.bfloat16)
                 steps.append((label, compiled, graph, build))
         steps += [
             ("training", compiled, False, partial(training_step, model, compiled))
@@ -180,10 +186,10 @@ def main() -> None:
         ]
         for label, compiled, graph, build in steps:
             torch._dynamo.reset()
-            step = build()
-            seconds, peak = measure(step, batch, arguments.repeats)
-            if arguments.profile:
-                print(profile(step, batch, arguments.profile), flush=True)
+            with build() as step:
+                seconds, peak = measure(step, batch, arguments.repeats)
+                if arguments.profile:
+                    print(profile(step, batch, arguments.profile), flush=True)
             del step
             model.requires_grad_(False)
             model.zero_grad(set_to_none=True)
@@ -199,6 +205,8 @@ def main() -> None:
                     "peak_bytes": peak,
                 }
             )
+            # After every row: a run that is cut off keeps what it measured.
+            arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
             base = next(
                 row for row in rows if (row["dtype"], row["step"], row["compiled"]) == (name, "activations", True)
             )
@@ -210,13 +218,6 @@ def main() -> None:
                 flush=True,
             )
         del model
-    facts = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "batch": arguments.batch,
-        "block": BLOCK,
-    }
-    arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.gpt2_protocol",
             "grass_lib.experiments.gpt2_trainer",
             "grass_lib.experiments.training",
+            "grass_lib.experiments.training_step",
             "grass_lib.experiments.models.gpt2",
             "grass_lib.experiments.data.blocks",
             "grass_lib.experiments.data.sources",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,12 +21,16 @@ from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.blocks import TextBlocks
 from grass_lib.experiments.models.gpt2 import GPT2Sizes, build_gpt2, initial_weights, load_weights, weights_of
 from grass_lib.experiments.training import one_cpu_thread
+from grass_lib.experiments.training_step import TrainingStep
 from grass_lib.gradients.language import causal_loss, log_odds
 from grass_lib.precision import exact_products
 from grass_lib.rng import Stream
 
+# With it, products of matrices repeat themselves; PyTorch reads it at the first of a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Raised when the same recipe, data and streams would give other models.
-_TRAINER_VERSION = 2
+_TRAINER_VERSION = 3
 _QUERY_BATCH = 16
 
 
@@ -92,8 +96,8 @@ class TextRecipe:
 class TextTrainer:
     """Trains models of one architecture one after the other; see `grass_lib.evaluation.retraining.Trainer`.
 
-    On a GPU matrix products are in bfloat16, weights and optimizer in float32, and the forward and backward pass is
-    compiled once: models differ in the numbers copied into the same tensors.
+    On a GPU matrix products are in bfloat16, weights and optimizer in float32, and a step is compiled and recorded
+    once: models differ in the numbers copied into the same tensors.
     """
 
     def __init__(
@@ -174,7 +178,12 @@ class TrainingLoop:
         self.compiled = compiles(device, compile)
         self.model: Any = build_gpt2(sizes, recipe.dropout).to(self.device)
         self._recipe = recipe
-        self._loss: Any = torch.compile(_mean_loss, dynamic=False) if self.compiled else _mean_loss
+        # Deterministic kernels are not chosen by timing: without this, an odd vocabulary would get the slow ones.
+        options: dict[str, Any] = {"force_shape_pad": True}
+        loss: Any = torch.compile(_mean_loss, dynamic=False, options=options) if self.compiled else _mean_loss
+        self._step = TrainingStep(
+            self.model, loss, batch_size=recipe.batch_size, weight_decay=recipe.weight_decay, plain=_mean_loss
+        )
 
     def fit(self, start: Mapping[str, Tensor], ids: Tensor, order: Stream, dropout: Stream, *, title: str = "") -> None:
         """Trains the module on some blocks.
@@ -187,19 +196,17 @@ class TrainingLoop:
             title: Of a bar that is shown when the training lasts; none where it is empty.
         """
         model, recipe = self.model, self._recipe
-        load_weights(model, start)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
         orders = recipe.orders(order, len(ids)).to(self.device)
         batches = [part for epoch in orders for part in epoch.split(recipe.batch_size)]
         low, high = dropout.key
         model.train()
         try:
-            with _reproducible(self.device, (high & 0x7FFFFFFF) << 32 | low):
+            with _reproducible(self.device):
+                self._step.restart(ids)
+                load_weights(model, start)
+                torch.manual_seed((high & 0x7FFFFFFF) << 32 | low)
                 for step, rows in enumerate(tqdm(batches, desc=title, unit="step", delay=3, disable=not title)):
-                    optimizer.param_groups[0]["lr"] = recipe.rate(step, len(batches))
-                    self._loss(model, ids[rows]).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    self._step(ids[rows], recipe.rate(step, len(batches)))
         finally:
             model.eval()
 
@@ -300,21 +307,22 @@ def _mean_loss(model: Any, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeds PyTorch's generators and asks for deterministic kernels; everything is restored afterwards."""
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels on a GPU; they and the state of PyTorch's generators are restored afterwards."""
     cuda = device.type == "cuda"
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
-    with torch.random.fork_rng(devices=[device] if cuda else []), warnings.catch_warnings():
-        torch.manual_seed(seed)
+    filled, fused = memory.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         if cuda:
-            # cuBLAS asks for a setting that matters with several streams; there is one.
-            warnings.filterwarnings("ignore", message=".*(?:CUBLAS_WORKSPACE_CONFIG|deterministic).*")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            # Only warned, flash attention would add its gradients in any order.
+            torch.use_deterministic_algorithms(True)
             memory.fill_uninitialized_memory = False
+            # cuDNN's attention knows no fixed order.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
             memory.fill_uninitialized_memory = filled
+            torch.backends.cuda.enable_cudnn_sdp(fused)

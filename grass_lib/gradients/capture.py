@@ -8,7 +8,7 @@ ordinary automatic differentiation: a layer that is used twice adds its parts, a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,11 @@ from grass_lib.gradients import inputs
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.sides import Side
+from grass_lib.kernels.columns import KeptColumns, kept_columns
 
 NORMS = ("layernorm", "rmsnorm")
+Tables: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""The map of an output side: kept coordinates, the place of every coordinate among them, dense matrix; or None."""
 
 
 class LayerCapture:
@@ -45,14 +48,20 @@ class LayerCapture:
         """
         self.name, self.shape, self.out, self.into = name, shape, out, into
         self.size = out.k * into.k
-        self._out_index = out.index
-        self._out_matrix = None if out.matrix is None else out.matrix.to(dtype)
+        columns = None if out.index is None else KeptColumns(out.index, out.d)
+        matrix = None if out.matrix is None else out.matrix.to(dtype)
+        self._tables: Tables = (out.index, None if columns is None else columns.places, matrix)
         self._into = inputs.InputSide(into, shape, dtype)
 
     @property
     def scale(self) -> float:
         """Factor that the contraction leaves out; whoever uses its result applies it, after stage 2."""
         return self.out.scale * self.into.scale
+
+    @property
+    def appends_bias(self) -> bool:
+        """Whether the contraction adds the column of the bias."""
+        return self._into.appends_bias
 
     @property
     def can_defer(self) -> bool:
@@ -72,7 +81,7 @@ class LayerCapture:
         with torch.no_grad(), measured(meter):
             if self.shape.kind in NORMS:
                 return x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm")
-            return (self._into(module, x.detach()),)
+            return (self._into(module, x),)
 
     def apply(self, kept: tuple[Tensor, ...], y: Tensor, probe: Tensor, meter: Meter | None) -> Tensor:
         """Hands ``y`` on, with the probe attached.
@@ -96,7 +105,7 @@ class LayerCapture:
             # Position embeddings are looked up once for all samples.
             kept = tuple(part.expand(batch, *part.shape[1:]) for part in kept)
             y = y.expand(batch, *y.shape[1:])
-        return _Capture.apply(y, probe, self._out_index, self._out_matrix, self, meter, *kept)
+        return _Capture.apply(y, probe, *self._tables, self, meter, *kept)
 
     def tap(self, y: Tensor, probe: Tensor) -> Tensor:
         """Like `apply`, with the contraction left to `join`.
@@ -105,11 +114,12 @@ class LayerCapture:
             y: The layer's output ``(batch, ..., d_out)``.
             probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
         """
-        return _Tap.apply(y, probe, self._out_index, self._out_matrix, self)
+        return _Tap.apply(y, probe, *self._tables, self)
 
-    def shorten(self, delta: Tensor, index: Tensor | None, matrix: Tensor | None) -> Tensor:
+    def shorten(self, delta: Tensor, tables: Tables) -> Tensor:
         """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
-        delta = delta if index is None else delta.index_select(-1, index)
+        index, places, matrix = tables
+        delta = delta if index is None else kept_columns(delta, index, places)
         return delta if matrix is None else delta @ matrix.to(delta.dtype)
 
     def join(self, left: Tensor, right: Tensor) -> Tensor:
@@ -122,29 +132,28 @@ class LayerCapture:
         Returns:
             ``(batch, size)``, at least float32.
         """
-        left, right = _tokens(left).mT, _tokens(right)
+        left, right = as_tokens(left).mT, as_tokens(right)
         found = _product(left, right)
-        if self._into.appends_bias:
+        if self.appends_bias:
             # The bias column of the input side is all ones: nothing of it is ever stored.
             found = torch.cat([found, _wide(left).sum(dim=2, keepdim=True)], dim=2)
         return found.flatten(1)
 
-    def contract(self, delta: Tensor, kept: tuple[Tensor, ...], index: Tensor | None, matrix: Tensor | None) -> Tensor:
+    def contract(self, delta: Tensor, kept: tuple[Tensor, ...], tables: Tables) -> Tensor:
         """The gradient of the probe: ``(batch, size)``.
 
         Args:
             delta: Gradient of the loss with respect to the layer's output.
             kept: What the forward pass kept of the input.
-            index: Kept coordinates of the output side.
-            matrix: Dense map of the output side.
+            tables: Of the output side.
         """
         if self.shape.kind in NORMS:
-            return self._contract_norm(delta, kept, index, matrix)
+            return self._contract_norm(delta, kept, tables)
         if self.shape.kind == "conv2d":
             delta, kept = delta.flatten(2).mT, (kept[0].mT,)
-        left = self.shorten(delta, index, matrix)
+        left = self.shorten(delta, tables)
         if self._into.counts_tokens:
-            return self._contract_tokens(_wide(_tokens(left)).mT, kept[0].flatten(1))
+            return self._contract_tokens(_wide(as_tokens(left)).mT, kept[0].flatten(1))
         return self.join(left, kept[0])
 
     def _contract_tokens(self, left: Tensor, ids: Tensor) -> Tensor:
@@ -156,9 +165,8 @@ class LayerCapture:
         found = left.new_zeros(batch * vocabulary, left.shape[1]).index_add_(0, place.flatten(), columns)
         return found.unflatten(0, (batch, vocabulary)).mT.flatten(1)
 
-    def _contract_norm(
-        self, delta: Tensor, kept: tuple[Tensor, ...], index: Tensor | None, matrix: Tensor | None
-    ) -> Tensor:
+    def _contract_norm(self, delta: Tensor, kept: tuple[Tensor, ...], tables: Tables) -> Tensor:
+        index, _, matrix = tables
         x, mean, rstd = kept
         if index is not None:
             delta, x = delta.index_select(-1, index), x.index_select(-1, index)
@@ -180,21 +188,22 @@ class _Capture(torch.autograd.Function):
         y: Tensor,
         probe: Tensor,
         index: Tensor | None,
+        places: Tensor | None,
         matrix: Tensor | None,
         layer: LayerCapture,
         meter: Meter | None,
         *kept: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(index, matrix, *kept)
+        ctx.save_for_backward(index, places, matrix, *kept)
         ctx.layer, ctx.meter = layer, meter
         return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        index, matrix, *kept = ctx.saved_tensors
+        index, places, matrix, *kept = ctx.saved_tensors
         with measured(ctx.meter):
-            found = ctx.layer.contract(gradients[0], tuple(kept), index, matrix)
-        return (gradients[0], found, None, None, None, None, *(None for _ in kept))
+            found = ctx.layer.contract(gradients[0], tuple(kept), (index, places, matrix))
+        return (gradients[0], found, None, None, None, None, None, *(None for _ in kept))
 
 
 class _Tap(torch.autograd.Function):
@@ -202,15 +211,21 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, probe: Tensor, index: Tensor | None, matrix: Tensor | None, layer: LayerCapture
+        ctx: Any,
+        y: Tensor,
+        probe: Tensor,
+        index: Tensor | None,
+        places: Tensor | None,
+        matrix: Tensor | None,
+        layer: LayerCapture,
     ) -> Tensor:
-        ctx.save_for_backward(index, matrix)
+        ctx.save_for_backward(index, places, matrix)
         ctx.layer = layer
         return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], ctx.layer.shorten(gradients[0], *ctx.saved_tensors), None, None, None
+        return gradients[0], ctx.layer.shorten(gradients[0], ctx.saved_tensors), None, None, None, None
 
 
 def _handed_on(ctx: Any, y: Tensor) -> Tensor:
@@ -224,7 +239,7 @@ def _handed_on(ctx: Any, y: Tensor) -> Tensor:
     return y
 
 
-def _tokens(x: Tensor) -> Tensor:
+def as_tokens(x: Tensor) -> Tensor:
     """All dimensions between the first and the last as one; a single token where there is none."""
     return x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
 

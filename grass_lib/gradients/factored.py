@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -19,11 +19,9 @@ from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.passes import Captured, CapturePass, Sides
 from grass_lib.gradients.sides import Side, build_side
+from grass_lib.gradients.together import Together
 from grass_lib.projection import Mask, Projector, build_projector
 from grass_lib.specs import CompressionSpec, StageSpec
-
-# Layers whose contraction and stage 2 run side by side in a recorded step: each alone would leave most of a GPU idle.
-_STREAMS = 4
 
 LayerMasks: TypeAlias = Mapping[str, Mask | str | Path]
 
@@ -137,6 +135,7 @@ class FactoredGradients:
         self._total_meter, self._stage2_meter = Meter(self.device), Meter(self.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._pass = CapturePass(model, self._captures, compile=compile, meter=self._stage1_meter, dtype=wide)
+        self._together = Together(self._captures, self._stage2s)
         self._recorded: RecordedStep | None = None
         self.compiled_size: int | None = None
 
@@ -208,8 +207,7 @@ class FactoredGradients:
         if self._recorded is None:
             with self.attached():
                 uses = self._pass.single_uses(self.loss, samples, n)
-                streams = [torch.cuda.Stream() for _ in range(_STREAMS)]
-                self._recorded = RecordedStep(lambda inputs: self.deferred_step(inputs, n, uses, streams), samples)
+                self._recorded = RecordedStep(lambda inputs: self.deferred_step(inputs, n, uses), samples)
         elif not self._recorded.fits(samples):
             raise UsageError(
                 f"a batch has {shapes_of(samples)}, and the recorded step was made for {self._recorded.shapes}; "
@@ -218,32 +216,23 @@ class FactoredGradients:
         with measured(self._total_meter):
             return self._recorded(samples)
 
-    def deferred_step(
-        self, samples: Batch, n: int, uses: Sides, streams: Sequence[torch.cuda.Stream] = ()
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The step as it is recorded: contractions and stage 2 come after the backward pass, layers side by side.
+    def deferred_step(self, samples: Batch, n: int, uses: Sides) -> tuple[dict[str, Tensor], Tensor]:
+        """The step as it is recorded: contractions and stage 2 come after the backward pass, many layers at once.
 
         Args:
             samples: The batch, on the device.
             n: Its size.
             uses: Layers whose contraction is deferred.
-            streams: That share the layers; without any, everything runs on the current one.
 
         Returns:
             As a call does.
         """
         captured = self._pass(self.loss, samples, n, compiled=True, deferred=uses)
-        if not streams:
-            return self._scaled({name: self._finish(name, captured, n) for name in self.sizes}), captured.values
-        main, rows = torch.cuda.current_stream(), {}
-        for stream in streams:
-            stream.wait_stream(main)
-        for place, name in enumerate(self.sizes):
-            with torch.cuda.stream(streams[place % len(streams)]):
-                rows[name] = self._finish(name, captured, n)
-        for stream in streams:
-            main.wait_stream(stream)
-        return self._scaled(rows), captured.values
+        found = captured.gradients
+        sides = {name: (left, captured.inputs[name]) for name in captured.inputs if (left := found[name]) is not None}
+        done = self._together(sides) if self.dtype == torch.float32 else {}
+        others = self._scaled({name: self._finish(name, captured, n) for name in self.sizes if name not in done})
+        return {name: done[name] if name in done else others[name] for name in self.sizes}, captured.values
 
     def _finish(self, name: str, captured: Captured, n: int) -> Tensor:
         """What is left of the contraction, and stage 2, of one layer."""
@@ -256,6 +245,8 @@ class FactoredGradients:
 
     def _scaled(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scales of masks, applied to all layers by one launch."""
+        if not rows:
+            return rows
         torch._foreach_mul_(list(rows.values()), [self._captures[name].scale for name in rows])  # pyright: ignore[reportPrivateImportUsage]
         return rows
 

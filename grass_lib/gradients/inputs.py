@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.gradients.sides import Side
+from grass_lib.kernels.columns import KeptColumns
 
 
 class InputSide:
@@ -36,10 +37,12 @@ class InputSide:
         self._matrix = None if side.matrix is None else side.matrix.to(dtype)
         self._bias, self._dtype = shape.bias, dtype
         self._columns = self._places = None
-        self._ones = False
+        self._ones, self._kept = False, None
         if side.index is not None:
             self._ones = shape.bias and int(side.index[-1]) == side.d - 1
             self._columns = side.index[:-1] if self._ones else side.index
+            if shape.kind in ("linear", "conv1d"):
+                self._kept = KeptColumns(self._columns, side.d - shape.bias, ones=self._ones)
             if shape.kind == "embedding":
                 self._places = torch.full((side.d,), -1, dtype=torch.int64, device=side.index.device)
                 self._places[side.index] = torch.arange(side.k, device=side.index.device)
@@ -59,11 +62,10 @@ class InputSide:
             return self._tokens(module, x)
         if self._kind == "conv2d":
             return self._patches(module, x)
-        if self._columns is not None:
-            kept = x.index_select(-1, self._columns)
-            return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if self._ones else kept
+        if self._kept is not None:
+            return self._kept(x)
         if self._matrix is None:
-            return x
+            return x.detach()
         matrix = self._matrix.to(x.dtype)
         if not self._bias:
             return x @ matrix

@@ -68,6 +68,7 @@ class CapturePass:
         self._probes: dict[str, Tensor] = {}
         self._inputs: dict[str, tuple[Tensor, ...]] = {}
         self._deferred: Sides = {}
+        self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._depth = 0
 
     @contextmanager
@@ -110,12 +111,11 @@ class CapturePass:
             UsageError: If what the output returns or a layer's output has another form.
         """
         # Expanded from one number: a probe has a shape and a gradient, but no memory.
-        device = next(self.model.parameters()).device
-        zero = torch.zeros(1, device=device, dtype=self._dtype)
+        zero = self._zero(self._dtype)
         self._deferred, self._inputs = deferred or {}, {}
         self._probes = {name: zero.expand(n, capture.size) for name, capture in self.captures.items()}
         for name, (shape, dtype) in self._deferred.items():
-            self._probes[name] = zero.to(dtype).expand(shape)
+            self._probes[name] = self._zero(dtype).expand(shape)
         probes = [probe.requires_grad_() for probe in self._probes.values()]
         try:
             with torch.enable_grad():
@@ -132,6 +132,14 @@ class CapturePass:
             return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), inputs)
         finally:
             self._probes, self._deferred, self._inputs = {}, {}, {}
+
+    def _zero(self, dtype: torch.dtype) -> Tensor:
+        """One number, made once: making dozens in every step would be dozens of launches."""
+        device = next(self.model.parameters()).device
+        key = device, dtype
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros(1, device=device, dtype=dtype)
+        return self._zeros[key]
 
     def single_uses(self, output: Output, samples: Batch, n: int) -> Sides:
         """Layers whose contraction may wait until the pass is over, because it uses them exactly once.

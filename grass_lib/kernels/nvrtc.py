@@ -18,7 +18,7 @@ from grass_lib.errors import GrassError, UsageError
 _FOLDER = Path(__file__).parent
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
-_LETTERS = {"P": _POINTER, "i": _INT, "I": ctypes.c_uint, "l": _LONG, "f": _FLOAT}
+_LETTERS: Mapping[str, Any] = {"P": _POINTER, "i": _INT, "I": ctypes.c_uint, "l": _LONG, "f": _FLOAT, "S": None}
 
 
 def missing_for_kernels() -> str | None:
@@ -55,7 +55,7 @@ class Kernel:
         grid: Sequence[int],
         threads: int,
         shared_bytes: int,
-        arguments: Sequence[int | float | None],
+        arguments: Sequence[int | float | bytes | None],
     ) -> None:
         """Launches on the current stream of the kernel's device; does not wait.
 
@@ -63,7 +63,8 @@ class Kernel:
             grid: Thread blocks along x, y and z.
             threads: Threads in a block.
             shared_bytes: Dynamic shared memory of a block, bytes.
-            arguments: One value per letter of the signature; tensors are passed as their ``data_ptr()``.
+            arguments: One value per letter of the signature; tensors are passed as their ``data_ptr()``, a structure
+                as its bytes.
 
         Raises:
             GrassError: The driver refused the launch.
@@ -81,10 +82,17 @@ class Kernel:
             self._shared = shared_bytes
         stream = torch.cuda.current_stream(self._device).cuda_stream
         x, y, z = (*grid, 1, 1)[:3]
+        values: Any = (tuple(arguments), self._types)
+        if None in self._types:
+            # The bindings know no structures by value: an array of addresses says where each argument lies.
+            held = [
+                ctypes.create_string_buffer(value, len(value)) if isinstance(value, bytes) else kind(value)  # pyright: ignore[reportOptionalCall]
+                for value, kind in zip(arguments, self._types, strict=True)
+            ]
+            places = (ctypes.c_void_p * len(held))(*(ctypes.addressof(value) for value in held))
+            values = ctypes.addressof(places)
         with torch.cuda.device(self._device):
-            result = driver.cuLaunchKernel(
-                self._function, x, y, z, threads, 1, 1, shared_bytes, stream, (tuple(arguments), self._types), 0
-            )
+            result = driver.cuLaunchKernel(self._function, x, y, z, threads, 1, 1, shared_bytes, stream, values, 0)
         if int(result[0]) != 0:
             _check(result, f"launching {self.name} with grid {(x, y, z)}, {threads} threads, {shared_bytes} bytes")
 
@@ -112,7 +120,8 @@ def kernel(file: str, name: str, signature: str, constants: Mapping[str, int], d
     Args:
         file: A ``.cu`` file of this folder.
         name: The ``extern "C"`` kernel in it.
-        signature: One letter an argument: P pointer, i and I 32-bit (I unsigned), l 64-bit integer, f float.
+        signature: One letter an argument: P pointer, i and I 32-bit (I unsigned), l 64-bit integer, f float,
+            S structure by value.
         constants: Preprocessor definitions.
         device: The CUDA device to compile for.
 

@@ -34,6 +34,9 @@ _SOURCES = [
     ("fjlt.cu", _FJLT),
     ("rademacher.cu", {"NT": 2}),
     ("gather.cu", {}),
+    ("columns.cu", {"ONES": 1, "ONE": 1, "THREADS": 256, "ROWS": 16}),
+    ("contract.cu", {"K1": 128, "K2": 128, "SJLT": 1, "LAYERS": 64}),
+    ("contract.cu", {"K1": 48, "K2": 16, "SJLT": 0, "LAYERS": 64}),
     ("reduce.cu", {}),
     ("read.cu", {}),
 ]
