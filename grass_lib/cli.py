@@ -17,6 +17,7 @@ from rich.markup import escape
 from grass_lib.bench.command import app as bench_app
 from grass_lib.cli_output import console_for, near, show_doctor, show_ledger, show_outcome, show_plan
 from grass_lib.commands.attribute import attribute
+from grass_lib.commands.masks import masks
 from grass_lib.commands.store import app as store_app
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.runner.execute import INTERRUPTED, Outcome, preflight, run_all
@@ -54,6 +55,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(store_app, name="store")
 app.command()(attribute)
+app.command()(masks)
 EXECUTORS = ("local", "slurm")
 TERMINATED = 143
 # What typer raises for words that it cannot make sense of; releases differ in whether they bring their own click along.
