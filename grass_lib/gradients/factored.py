@@ -138,6 +138,8 @@ class FactoredGradients:
         self._together = Together(self._captures, self._stage2s)
         self._recorded: RecordedStep | None = None
         self.compiled_size: int | None = None
+        self._samples = self._first_samples = 0
+        self._first: dict[str, float] = {}
 
     @property
     def backends(self) -> dict[str, str]:
@@ -160,11 +162,24 @@ class FactoredGradients:
     def timings(self) -> dict[str, float]:
         """Seconds so far: ``gradients`` (forward and backward pass) and ``compression`` (both stages).
 
+        The first batch, in which kernels are compiled and tables packed, counts like the later ones, by its samples.
         The parts of a compiled pass or a recorded step cannot be told apart; they count with the gradients.
         """
+        seconds = self._seconds()
+        later = self._samples - self._first_samples
+        if later > 0:
+            seconds = {name: (value - self._first[name]) * self._samples / later for name, value in seconds.items()}
+        return seconds
+
+    def _seconds(self) -> dict[str, float]:
         first = 0.0 if self._stage1_meter is None else self._stage1_meter.seconds
         total = self._total_meter.seconds
         return {"gradients": max(0.0, total - first), "compression": first + self._stage2_meter.seconds}
+
+    def _count(self, n: int) -> None:
+        if not self._samples:
+            self._first, self._first_samples = self._seconds(), n
+        self._samples += n
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -196,12 +211,16 @@ class FactoredGradients:
             self.compiled_size = n
         regular = n == self.compiled_size and output is None
         if self._graph and regular:
-            return self._replay(samples, n)
+            found = self._replay(samples, n)
+            self._count(n)
+            return found
         with self.attached():
             with measured(self._total_meter):
                 captured = self._pass(output or self.loss, samples, n, compiled=regular)
             with measured(self._stage2_meter):
-                return self._scaled({name: self._finish(name, captured, n) for name in self.sizes}), captured.values
+                rows = self._scaled({name: self._finish(name, captured, n) for name in self.sizes})
+        self._count(n)
+        return rows, captured.values
 
     def _replay(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
         if self._recorded is None:

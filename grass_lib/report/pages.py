@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shlex
@@ -131,7 +132,7 @@ def provenance(record: RunRecord, page: Page, changed: Sequence[str] = ()) -> st
         f"Run `{record.run_id}`, finished {str(record.finished)[:16].replace('T', ' ')} on {name}, "
         f"{duration(seconds)} in the measured phases; "
         f"Python {versions.get('python', '?')}, PyTorch {versions.get('torch', '?')}.",
-        f"Data: {kind} ({data.get('source', 'unnamed source')}{rows}).",
+        f"Data: {kind} ({html.escape(str(data.get('source', 'unnamed source')), quote=False)}{rows}).",
     ]
     if page.scale == "embedded":
         lines.append("These sizes are the embedded scale's, not the paper's: compare methods here, not with the paper.")

@@ -34,7 +34,7 @@ _CSS = """
 .gp-list { list-style: none; margin: 0; padding: 0; }
 .gp-passage { margin: 0; padding: 0.5rem 0; border-top: 1px solid rgba(122, 122, 122, 0.45); }
 .gp-meta { display: flex; gap: 0.6rem; align-items: center; }
-.gp-score { font-variant-numeric: tabular-nums; font-weight: 600; min-width: 4.8em; }
+.gp-score { font-variant-numeric: tabular-nums; font-weight: 600; flex: none; min-width: 4.8em; }
 .gp-bar { flex: 0 1 7rem; min-width: 2rem; height: 0.55rem; background: rgba(122, 122, 122, 0.2); }
 .gp-bar span { display: block; height: 100%; }
 .gp-positive { background: #0072b2; }
@@ -74,12 +74,17 @@ def _lookup(passages: Passages, index: int) -> str:
         ) from error
 
 
+def _signed(score: float) -> str:
+    """Three digits and the sign, large numbers in full."""
+    return f"{score:+,.0f}" if 100 <= abs(score) < 1e6 else f"{score:+.3g}"
+
+
 def _item(index: int, text: str, score: float, largest: float) -> str:
     share = 100 * abs(score) / largest if largest else 0.0
     sign = "positive" if score >= 0 else "negative"
     return (
         '<li class="gp-passage"><div class="gp-meta">'
-        f'<span class="gp-score">{score:+.3g}</span>'
+        f'<span class="gp-score">{_signed(score)}</span>'
         f'<span class="gp-bar" aria-hidden="true"><span class="gp-{sign}" style="width:{share:.1f}%"></span></span>'
         f'<span class="gp-index">training passage {index:,}</span></div>'
         f'<p dir="auto">{html.escape(text)}</p></li>'
