@@ -19,6 +19,8 @@ FLAT = ("mlp_mnist",)
 MAX_QUERIES = 512
 """Most queries that held-out correlations of a flat mask are taken over."""
 RECIPES = ("default", "paper")
+RANKS = {"embedded": 16, "paper": 64}
+"""Rows of a sample's factors by scale: an eighth of the tokens of a block."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _fit_layers(request: MaskRequest, task: AttributionTask, file: Path, progres
         layers=task.layers,
         include_head=task.include_head,
         seed=request.seed,
+        rank=RANKS[request.scale],
         progress=progress,
     )
     masks = choose(
@@ -207,6 +210,7 @@ def _fit_layers(request: MaskRequest, task: AttributionTask, file: Path, progres
         by_energy, at_random = energy_sides(layer, counts), random_sides(name, layer.shape, counts, request.seed)
         kept = masks[f"{name}/output"].indices, masks[f"{name}/input"].indices
         shared = {
+            "kept_energy": f"{layer.kept_energy:.6f}",
             "held_out_correlation": f"{held_out_correlation(layer, kept):.6f}",
             "energy_correlation": f"{held_out_correlation(layer, by_energy):.6f}",
             "random_correlation": f"{held_out_correlation(layer, at_random):.6f}",

@@ -86,6 +86,10 @@ def report(request: MaskRequest, fitted: Fitted) -> list[str]:
             lines.append(f"{layer:<44} " + " ".join(f"{value:>10.3f}" for value in rows[-1]))
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     lines.append(f"{'mean':<44} " + " ".join(f"{value:>10.3f}" for value in means))
+    least = min(float(mask.provenance["kept_energy"]) for mask in fitted.masks.values())
+    lines.append(
+        f"(the full products are of low-rank factors, which hold at least {least:.1%} of the squared gradients)"
+    )
     return lines
 
 

@@ -75,7 +75,7 @@ def fit_factored(
         Masks on the CPU under ``LAYER/output`` and ``LAYER/input``, with energies or learned S as scores. Their
         provenance has ``method``, ``spec``, ``seed``, ``name`` (the key), ``n`` and ``options``; for ``learned`` also
         ``steps``, ``held_out_correlation`` and ``energy_correlation`` (of the pair of masks, on the same pairs),
-        ``samples`` and ``kept_energy`` (share of the squared gradients that is in the factors).
+        ``samples``, ``rank`` and ``kept_energy`` (share of the squared gradients that is in the factors).
 
     Raises:
         UsageError: An argument is out of range, or a layer's gradients are all zero, not finite or too few.
@@ -152,6 +152,7 @@ def choose(
             facts = {
                 "steps": str(learned.steps),
                 "samples": str(0 if layer.fit is None else layer.fit.samples.n),
+                "rank": str(0 if layer.fit is None else layer.fit.samples.left.shape[1]),
                 "kept_energy": f"{layer.kept_energy:.6f}",
                 "held_out_correlation": f"{learned.correlation:.6f}",
                 "energy_correlation": f"{held_out_correlation(layer, energy_sides(layer, counts)):.6f}",

@@ -50,4 +50,18 @@ def side_energies(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    """An orthonormal basis of the columns' span ``(batch, d, r)``; directions that are not there come out as zero.
+
+    Cholesky QR, shifted and done twice (Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices", 2020): batches of Householder factorisations run one after the other on a GPU, and
+    products do not. It is computed in float64, in which the shift is too small to matter.
+    """
+    found = columns.to(torch.float64)
+    found = found / found.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    for _ in range(2):
+        gram = found.mT @ found
+        trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+        shift = trace * (10 * gram.shape[1] * torch.finfo(torch.float64).eps)
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(trace > 0, shift, 1.0))
+        found = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), found.mT, upper=False).mT
+    return found.to(columns.dtype)

@@ -75,7 +75,8 @@ def test_layers_are_fitted_reported_and_used_again(toy, grass, tmp_path):
     assert "written to" in out
     assert "blocks.0.up/output: 3 of 10" in out
     assert "30.0%" in out
-    assert out.splitlines()[-1].startswith("mean")
+    assert out.splitlines()[-2].startswith("mean")
+    assert "at least 100.0%" in out
     before, when = file.read_bytes(), file.stat().st_mtime_ns
     masks = load_masks(file)
     facts = masks["blocks.1.down/input"].provenance

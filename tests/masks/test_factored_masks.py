@@ -285,3 +285,17 @@ def test_bad_gradients_are_named():
         fit_factored(model, loss, few, k=(2, 2), method="energy", progress=False)
     with pytest.raises(UsageError, match="per sample"):
         fit_factored(model, lambda m, b: loss(m, b).mean(), zoo.make_loader(samples), k=(2, 2), progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_same_energies_and_masks_on_a_gpu():
+    model, loss, samples = case("text")
+    on_cpu, _ = collect(model, loss, zoo.make_loader(samples), rank=3, progress=False)
+    on_gpu, _ = collect(model.cuda(), loss, zoo.make_loader(samples), rank=3, progress=False)
+    for name, layer in on_cpu.items():
+        for mine, theirs in zip(layer.energy, on_gpu[name].energy, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        assert on_gpu[name].kept_energy == pytest.approx(layer.kept_energy)
+    one, other = (choose(found, N, (3, 3), method="learned", progress=False) for found in (on_cpu, on_gpu))
+    assert all(torch.equal(mask.indices, other[name].indices) for name, mask in one.items())
