@@ -18,6 +18,8 @@ from grass_lib.projection import Mask, Projector, build_projector
 from grass_lib.specs import CompressionSpec
 
 MaskSource: TypeAlias = Mask | str | Path
+MaskChoice: TypeAlias = MaskSource | Sequence[MaskSource]
+"""One mask for all checkpoints, or one for each."""
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -30,7 +32,7 @@ class FeatureOptions(TypedDict, total=False):
     seed: int
     device: str | torch.device | None
     micro_batch: int | None
-    masks: MaskSource | Mapping[str, MaskSource] | None
+    masks: MaskChoice | Mapping[str, MaskChoice] | None
     backend: str
     cache_device: str | torch.device | None
     parameters: ParameterFilter | None
@@ -65,7 +67,7 @@ class FeatureAttributor:
         seed: int = 0,
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
-        masks: MaskSource | Mapping[str, MaskSource] | None = None,
+        masks: MaskChoice | Mapping[str, MaskChoice] | None = None,
         backend: str = "auto",
         cache_device: str | torch.device | None = None,
         parameters: ParameterFilter | None = None,
@@ -86,7 +88,8 @@ class FeatureAttributor:
             seed: Of the random projections.
             device: Where to compute; None for the device of the model's parameters.
             micro_batch: At most so many samples go through the model at once.
-            masks: For selective types: a mask, a path, or a dict of them by spec string.
+            masks: For selective types: a mask or its path, a list with one for each checkpoint, or a dict of these by
+                spec string.
             backend: As in ``build_projector``.
             cache_device: Where the training features are kept, ``n_checkpoints * n_train * k`` values per spec; None
                 for the device of the computation.
@@ -216,16 +219,24 @@ class FeatureAttributor:
                 dtype=self._dtype,
                 backend=self._backend,
                 checkpoint=checkpoint,
-                mask=self._mask_of(spec),
+                mask=self._mask_of(spec, checkpoint),
             )
             if timings is not None:
                 timings.add_projection(str(spec), clock(self.device) - start)
         return built
 
-    def _mask_of(self, spec: CompressionSpec) -> MaskSource | None:
+    def _mask_of(self, spec: CompressionSpec, checkpoint: int) -> MaskSource | None:
         if not (spec.sparsification.needs_mask_file or spec.projection.needs_mask_file):
             return None
-        return self._masks.get(str(spec)) if isinstance(self._masks, Mapping) else self._masks
+        choice = self._masks.get(str(spec)) if isinstance(self._masks, Mapping) else self._masks
+        if choice is None or isinstance(choice, Mask | str | Path):
+            return choice
+        if len(choice) != self.n_checkpoints:
+            raise UsageError(
+                f"masks has {len(choice)} entries for {spec} and there are {self.n_checkpoints} checkpoints; expected "
+                "one mask for all of them, or one for each"
+            )
+        return choice[checkpoint]
 
     def _require_cache(self) -> None:
         if not self._train:

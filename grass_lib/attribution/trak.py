@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from grass_lib.attribution.features import FeatureAttributor, MaskSource
+from grass_lib.attribution.features import FeatureAttributor, MaskChoice
 from grass_lib.attribution.solve import SolveMethod, damped_scores, damping_grid
 from grass_lib.errors import UsageError
 from grass_lib.gradients.outputs import Batch, Output, margin, margin_weight
@@ -46,7 +46,7 @@ class TRAK(FeatureAttributor):
         seed: int = 0,
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
-        masks: MaskSource | Mapping[str, MaskSource] | None = None,
+        masks: MaskChoice | Mapping[str, MaskChoice] | None = None,
         backend: str = "auto",
         cache_device: str | torch.device | None = None,
         parameters: ParameterFilter | None = None,

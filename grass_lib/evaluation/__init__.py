@@ -2,6 +2,7 @@
 
 from grass_lib.evaluation.ceiling import NoiseCeiling, noise_ceiling
 from grass_lib.evaluation.damping import DampingChoice, choose_damping, split_queries
+from grass_lib.evaluation.difference import LDSDifference, lds_difference
 from grass_lib.evaluation.group_store import TrainedGroup
 from grass_lib.evaluation.lds import LDSResult, lds
 from grass_lib.evaluation.plan import BankPlan, Member
@@ -11,6 +12,7 @@ from grass_lib.evaluation.retraining import RetrainingBank, Trainer, load_weight
 __all__ = [
     "BankPlan",
     "DampingChoice",
+    "LDSDifference",
     "LDSResult",
     "Member",
     "NoiseCeiling",
@@ -19,6 +21,7 @@ __all__ = [
     "Trainer",
     "choose_damping",
     "lds",
+    "lds_difference",
     "load_weights",
     "noise_ceiling",
     "spearman",

@@ -72,12 +72,30 @@ def correlation_interval(
     models = draw_counts(n_models, n_bootstrap, Stream(seed, "bootstrap", "models"))
     queries = draw_counts(n_query, n_bootstrap, Stream(seed, "bootstrap", "queries"))
     values = transform(resampled_spearman(first, second, models))
+    return shifted_interval(values, queries, estimate=estimate, bounds=(lowest, 1.0), confidence=confidence)
+
+
+def shifted_interval(
+    values: Tensor, queries: Tensor, *, estimate: float, bounds: tuple[float, float], confidence: float
+) -> tuple[float, float]:
+    """Interval of a mean over queries from its replicates, which are shifted to have the sample's own mean.
+
+    Args:
+        values: Of each query in each replicate, ``(n_query, n_bootstrap)``, NaN where not defined.
+        queries: How often each query counts, ``(n_query, n_bootstrap)``; changed.
+        estimate: The mean on the sample itself.
+        bounds: The smallest and the largest value that is possible.
+        confidence: Of the interval.
+
+    Returns:
+        ``(low, high)``; NaN when no replicate is defined.
+    """
     queries.masked_fill_(values.isnan(), 0.0)
     means = (values.nan_to_num_(0.0) * queries).sum(dim=0) / queries.sum(dim=0)
     means = means[~means.isnan()]
     if not len(means):
         return float("nan"), float("nan")
-    means = (means + (estimate - means.mean())).clamp_(lowest, 1.0)
+    means = (means + (estimate - means.mean())).clamp_(*bounds)
     tail = (1.0 - confidence) / 2.0
     low, high = torch.quantile(means, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
     return low, high

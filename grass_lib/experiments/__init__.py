@@ -31,6 +31,18 @@ def _mlp_mnist_validate(scale: str, parameters: Mapping[str, Any]) -> None:
     import_module("grass_lib.experiments.mlp_mnist").validate(scale, parameters)
 
 
+def _mlp_masks_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.mlp_masks").data_fingerprint(scale)
+
+
+def _mlp_masks_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.mlp_masks").check(scale)
+
+
+def _mlp_masks_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.mlp_masks").validate(scale, parameters)
+
+
 def _gpt2_wikitext_fingerprint(scale: str) -> str:
     return import_module("grass_lib.experiments.gpt2_wikitext").data_fingerprint(scale)
 
@@ -95,6 +107,27 @@ EXPERIMENTS: dict[str, Experiment] = {
         check=_gpt2_wikitext_check,
         validate=_gpt2_wikitext_validate,
         attribution_task=_gpt2_wikitext_task,
+    ),
+    "mlp_masks": Experiment(
+        name="mlp_masks",
+        title="Which coordinates matter? MLP + MNIST",
+        notebook="mlp_masks.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.masks",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.mlp_masks",
+            "grass_lib.experiments.mlp_mnist",
+            "grass_lib.experiments.mlp_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.models.mlp",
+            "grass_lib.experiments.data.mnist",
+            "grass_lib.experiments.data.sources",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_mlp_masks_fingerprint,
+        check=_mlp_masks_check,
+        validate=_mlp_masks_validate,
     ),
 }
 

@@ -126,8 +126,8 @@ class LearnedRecipe:
         choose: ``best`` keeps the mask with the best held-out hard-mask correlation, ``last`` the final one.
         checks: How often in the whole training the hard mask is checked on held-out pairs.
         min_steps: Epochs are added until there are so many steps.
-        floor: Is added to Adam's root mean squares, as a multiple of the k-th largest of them: with 0 a coordinate whose
-            gain is mere noise moves as fast as those that matter.
+        floor: Is added to Adam's root mean squares, as a multiple of the k-th largest of them: with 0 a coordinate
+            whose gain is mere noise moves as fast as those that matter.
         reference_rules: Two rules of the reference: a penalty times max(0.1, active / 2k) while active <= 2k, where
             active counts m > 1/2; and S = 2 tau for the k largest whenever fewer than k are active.
 
@@ -163,7 +163,8 @@ class LearnedRecipe:
             raise UsageError(f"floor is {self.floor}; expected 0 or more")
         if self.start not in ("alignment", "energy", "random") or self.choose not in ("best", "last"):
             raise UsageError(
-                f"start is {self.start!r} and choose {self.choose!r}; expected alignment, energy or random, and best or last"
+                f"start is {self.start!r} and choose {self.choose!r}; expected alignment, energy or random, and best or "
+                "last"
             )
 
     @classmethod

@@ -262,8 +262,10 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     Returns:
         The files written.
     """
+    from grass_lib.report import masks
     from grass_lib.report.influence_tables import split_figure, split_rows
     from grass_lib.report.ledger import Measured
+    from grass_lib.report.masks import mask_rows
     from grass_lib.report.published import published_rows
 
     published = published_rows(record.experiment) if record.scale == "paper" else []
@@ -275,6 +277,11 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     title += f", substitute {substitute}" if substitute else ""
     ceiling = next((row["noise_ceiling"] for row in pick_rows(record) if row.get("noise_ceiling")), None)
     stem = record.experiment if record.scale == "paper" else f"{record.experiment}_{record.scale}"
+    if mask_rows(record.results):
+        kinds = masks.draw(record, title)
+        return [
+            path for kind, figure in kinds.items() for path in save_figure(figure, f"{stem}_{kind}", folder, formats)
+        ]
     drawn = {"lds": lds_figure(record, published=shown, noise_ceiling=ceiling, title=title)}
     if any(row.get("projection_seconds") for row in pick_rows(record)):
         drawn["projection_time"] = time_figure(record, title=title)

@@ -119,11 +119,12 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def shared(self, name: str) -> Path:
+    def shared(self, name: str, experiment: str = "") -> Path:
         """A folder that runs of one experiment and scale share, for what does not depend on all parameters.
 
         Args:
             name: of the folder, such as ``networks``.
+            experiment: another experiment's folder; empty for this one's.
 
         Returns:
             The folder ``<experiment>-<scale>-<name>`` below ``shared/`` beside the runs; it exists.
@@ -131,9 +132,12 @@ class Run:
         Raises:
             UsageError: the name is not a plain name.
         """
-        if not is_run_id(name):
-            raise UsageError(f"{name!r} is not a plain name, expected letters, digits, '.', '_' or '-'; take out '/'")
-        folder = runs_root() / SHARED / f"{self._experiment}-{self._scale}-{name}"
+        for word in (name, experiment or name):
+            if not is_run_id(word):
+                raise UsageError(
+                    f"{word!r} is not a plain name, expected letters, digits, '.', '_' or '-'; take out '/'"
+                )
+        folder = runs_root() / SHARED / f"{experiment or self._experiment}-{self._scale}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -81,11 +81,21 @@ PHASES: dict[str, PhaseStyle] = {
     "scoring": PhaseStyle("scoring", "#009E73", "\\\\\\"),
 }
 
+#: Ways to choose the coordinates of a mask; colours and markers of the palette above.
+MASK_WAYS: dict[str, MethodStyle] = {
+    "random": MethodStyle("random", "#D98C00", "o", "circle"),
+    "energy": MethodStyle("energy", "#0072B2", "D", "diamond"),
+    "leverage": MethodStyle("leverage", "#009E73", "^", "triangle-up"),
+    "learned": MethodStyle("learned", "#9A3FA0", "X", "x"),
+    "learned (paper)": MethodStyle("learned, the paper's schedule", "#D55E00", "v", "triangle-down"),
+}
+
 EXPERIMENT_TITLES: dict[str, str] = {
     "mlp_mnist": "MLP + MNIST",
     "resnet9_cifar2": "ResNet-9 + CIFAR-2",
     "musictransformer_maestro": "Music Transformer + MAESTRO",
     "gpt2_wikitext": "GPT-2 small + WikiText-2",
+    "mlp_masks": "Which coordinates matter? MLP + MNIST",
     "llama3_openwebtext": "Llama-3.1-8B + OpenWebText",
 }
 
