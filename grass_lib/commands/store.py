@@ -115,6 +115,9 @@ def cache(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    masks: Annotated[
+        str, typer.Option(help="How selective masks are chosen: random, energy or learned (without: learned).")
+    ] = "",
     worker: Annotated[
         str, typer.Option(metavar="I/N", help="Write only the shards that leave I modulo N, such as 0/3.")
     ] = "0/1",
@@ -139,6 +142,7 @@ def cache(
         hessian=hessian,
         seed=seed,
         dtype=dtype,
+        masks=masks,
     )
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"--shard-size is {shard_size}; expected at least 1")
