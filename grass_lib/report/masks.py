@@ -249,9 +249,14 @@ def draw(record: RunRecord, title: str) -> dict[str, Figure]:
         record: of a run that compared masks.
         title: title above them.
     """
+    import numpy as np
+
+    largest = max(int(row["k"]) for row in mask_rows(record.results))
+    pixels = {way: np.asarray(image) for way, image in record.extra["pixels"].items()}
     return {
         "correlation": correlation_figure(record.extra["correlations"], title=title),
         "lds_difference": difference_figure(record.extra["differences"], title=title),
+        "pixels": pixel_figure(pixels, k=largest, title=title),
     }
 
 
