@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     goals = GOALS[torch.device(options.device).type]
     for row in rows:
         goal = goals.get(row["part"])
-        text = f"{row['part']:<7} {row['what']:<10} {row['seconds']:8.1f} s  {row['bytes'] / 2**30:6.2f} GiB"
+        text = f"{row['part']:<7} {row['what']:<10} {row['seconds']:8.1f} s  {row['processor_seconds']:8.1f} s of threads  {row['bytes'] / 2**30:6.2f} GiB"
         correlation = row.get("correlation")
         text += f"  correlation {correlation:.3f}" if correlation is not None else ""
         print(text + (f"  (goal {goal:.0f} s)" if goal else ""))
@@ -58,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Stretch:
-    """Seconds, and peak bytes above those at its start."""
+    """Seconds, seconds of all threads, and peak bytes above those at its start."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self._held, self._start = self._bytes(), time.perf_counter()
+        self._held, self._start, self._cpu = self._bytes(), time.perf_counter(), time.process_time()
 
     def _bytes(self) -> int:
         if self._cuda:
@@ -75,7 +75,8 @@ class Stretch:
     def end(self) -> dict[str, Any]:
         if self._cuda:
             torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - self._start, "bytes": self._bytes() - self._held}
+        seconds, processor = time.perf_counter() - self._start, time.process_time() - self._cpu
+        return {"seconds": seconds, "processor_seconds": processor, "bytes": self._bytes() - self._held}
 
 
 def trained(device: str, x: Tensor, y: Tensor) -> Any:
