@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from grass_lib.errors import GrassError, UsageError
 
@@ -164,6 +165,11 @@ class Ranks:
             self.meet(what)
         except GrassError as gone:
             raise own if own is not None else gone from gone
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are spread over ranks (FSDP): then all ranks take part in every pass of any of them."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 @contextmanager
