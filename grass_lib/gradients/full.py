@@ -62,6 +62,7 @@ class PerSampleGradients:
         self.output = output
         self.micro_batch = micro_batch
         self.dtype = dtype
+        self.parameters = parameters
         self.names = trainable_names(model, parameters)
         own = dict(model.named_parameters())
         self._shapes = [own[name].shape for name in self.names]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.coordinates import KeptPart, check_indices, split_coordinates
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to, check_finite
-from grass_lib.gradients.masked_layers import MaskedLayer, masked_layer
+from grass_lib.gradients.masked_formulas import masked_layer
+from grass_lib.gradients.masked_layers import MaskedLayer
 from grass_lib.gradients.masked_pass import Found, MaskedPass
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import ModelState, ParameterFilter, evaluating
@@ -80,7 +81,9 @@ class MaskedGradients:
         if backend not in ("torch", "kernel"):
             raise UsageError(f"backend is {backend!r}; expected 'torch' or 'kernel'.")
         if backend == "kernel" and self.device.type != "cuda":
-            raise UsageError(f"backend='kernel' needs a CUDA GPU, and the device is {self.device}; use backend='torch'.")
+            raise UsageError(
+                f"backend='kernel' needs a CUDA GPU, and the device is {self.device}; use backend='torch'."
+            )
         if backend == "kernel" and (reason := nvrtc.missing_for_kernels()) is not None:
             raise UsageError(f"backend='kernel' cannot run: {reason}. Use backend='torch'.")
         self.backend: SampledBackend = backend
@@ -116,7 +119,8 @@ class MaskedGradients:
     @property
     def general_weights(self) -> int:
         """How many weights go the general way: a sample's gradient with respect to all of them is formed."""
-        return sum(self._parts[name].shape.numel() for name in self._general)
+        general = self._general | (self._history.general & self._parts.keys())
+        return sum(self._parts[name].shape.numel() for name in general)
 
     def bind(self, state: Mapping[str, Tensor] | None = None) -> ModelState:
         """Prepares a checkpoint once for many calls; see :meth:`PerSampleGradients.bind`."""

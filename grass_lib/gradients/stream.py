@@ -138,9 +138,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _new_buffer(
-    gradients: PerSampleGradients | MaskedGradients, budget: int | None, expected: int | None
-) -> Tensor:
+def _new_buffer(gradients: PerSampleGradients | MaskedGradients, budget: int | None, expected: int | None) -> Tensor:
     if budget is None:
         budget = CUDA_BUFFER_BYTES if gradients.device.type == "cuda" else CPU_BUFFER_BYTES
     if budget < 1:
