@@ -128,7 +128,9 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
     results: Any = found.profiler
-    changes = [(event.start_ns(), event.nbytes()) for event in results.kineto_results.events() if "[memory]" in event.name()]
+    changes = [
+        (event.start_ns(), event.nbytes()) for event in results.kineto_results.events() if "[memory]" in event.name()
+    ]
     held = peak = 0
     for _, change in sorted(changes):
         held += change
