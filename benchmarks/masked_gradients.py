@@ -127,10 +127,9 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
-    results: Any = found.profiler
-    changes = [
-        (event.start_ns(), event.nbytes()) for event in results.kineto_results.events() if "[memory]" in event.name()
-    ]
+    profiler: Any = found.profiler
+    events = profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     held = peak = 0
     for _, change in sorted(changes):
         held += change
@@ -194,8 +193,9 @@ def main() -> None:
     for way, row in found["rows"].items():
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         print(
-            f"{way:8} {row['seconds'] * 1e3:9.2f} {row['times_less_time_than_vmap']:8.2f} {row['peak_bytes'] / 1e6:9.1f} "
-            f"{row['excess_bytes'] / 1e6:10.1f} {row['excess_share_of_vmap']:8.3f} {error:>9}"
+            f"{way:8} {row['seconds'] * 1e3:9.2f} {row['times_less_time_than_vmap']:8.2f} "
+            f"{row['peak_bytes'] / 1e6:9.1f} {row['excess_bytes'] / 1e6:10.1f} "
+            f"{row['excess_share_of_vmap']:8.3f} {error:>9}"
         )
 
 

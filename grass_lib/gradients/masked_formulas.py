@@ -12,7 +12,7 @@ from torch.nn import functional
 from grass_lib.gradients.capture import as_tokens
 from grass_lib.gradients.coordinates import KeptPart
 from grass_lib.gradients.masked_layers import MaskedConvolution, MaskedLayer, MaskedLinear
-from grass_lib.gradients.pairs import wide
+from grass_lib.gradients.pairs import scratch_elements, wide
 
 
 class MaskedEmbedding(MaskedLayer):
@@ -26,7 +26,7 @@ class MaskedEmbedding(MaskedLayer):
             counts[module.padding_idx] = 0
         # Where the coordinates of a token begin (those of padding are there and never reached), and how many it has.
         self._starts = torch.searchsorted(tokens, torch.arange(self._vocabulary)).to(self.device)
-        self._counts = counts.to(self.device)
+        self._counts, self._most = counts.to(self.device), int(counts.max())
         self._features = (self._weight % width).to(self.device)
 
     def fits(self, x: Tensor, y: Tensor, n: int) -> bool:
@@ -35,16 +35,22 @@ class MaskedEmbedding(MaskedLayer):
 
     def rows(self, delta: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """The kept coordinates, see `MaskedLayer.rows`."""
-        n, delta = len(delta), as_tokens(delta)
-        ids = kept[0].expand(n, *kept[0].shape[1:]).reshape(-1)
-        times = self._counts[ids]
+        delta = as_tokens(delta)
+        ids = kept[0].expand(len(delta), *kept[0].shape[1:]).flatten(1)
+        step = max(1, scratch_elements(delta.device) // max(1, ids.shape[1] * self._most))
+        found = [self._some(delta[lo : lo + step], ids[lo : lo + step]) for lo in range(0, len(ids), step)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _some(self, delta: Tensor, ids: Tensor) -> Tensor:
+        n, length = ids.shape
+        times = self._counts[ids.flatten()]
         # One entry for every token of the batch and every kept coordinate of it.
-        token = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), times)
+        token = torch.repeat_interleave(torch.arange(n * length, device=ids.device), times)
         within = torch.arange(len(token), device=ids.device) - (times.cumsum(0) - times)[token]
-        column = self._starts[ids[token]] + within
-        values = wide(delta.reshape(-1, delta.shape[-1])[token, self._features[column]])
+        column = self._starts[ids.flatten()[token]] + within
+        values = wide(delta.reshape(n * length, -1)[token, self._features[column]])
         out = torch.zeros(n * self.size, device=delta.device, dtype=values.dtype)
-        place = token // delta.shape[1] * self.size + column
+        place = token // length * self.size + column
         if out.is_cuda:
             # Sorts before it adds: no float atomics, unlike index_add_.
             out.index_put_((place,), values, accumulate=True)

@@ -183,8 +183,11 @@ def test_batch_norm_over_images_and_affine_alone():
         torch.testing.assert_close(rows, reference[:, indices])
 
 
+@pytest.mark.parametrize("scratch", [1, 1 << 20])
 @pytest.mark.parametrize("padding_idx", [None, 1])
-def test_embeddings_of_tokens_and_of_positions(padding_idx):
+def test_embeddings_of_tokens_and_of_positions(padding_idx, scratch, monkeypatch):
+    monkeypatch.setattr(pairs_module, "SCRATCH_CPU", scratch)
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
