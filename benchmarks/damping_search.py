@@ -98,10 +98,11 @@ def main() -> None:
         row["times_faster_than_full"] = full["reference_seconds"] / row["ours_seconds"]
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     facts = {"device": name, "torch": torch.__version__, "n_train": n, "n_query": m, "rows": rows}
-    arguments.out.write_text(json.dumps({"checkpoints": arguments.checkpoints, **facts}, indent=1) + "
-")
+    arguments.out.write_text(json.dumps({"checkpoints": arguments.checkpoints, **facts}, indent=1) + "\n")
     print(f"{name}: n_train {n}, n_query {m}, {arguments.checkpoints} checkpoints, {len(GRID)} dampings")
-    print(f"{'compression':18} {'gradients':9} {'ours s':>8} {'reference s':>12} {'x':>6} {'x full':>7} {'difference':>11}")
+    print(
+        f"{'compression':18} {'gradients':9} {'ours s':>8} {'reference':>12} {'x':>6} {'x full':>7} {'difference':>11}"
+    )
     for row in rows:
         print(
             f"{row['spec']:18} {row['gradients']:9} {row['ours_seconds']:8.2f} {row['reference_seconds']:12.2f} "
