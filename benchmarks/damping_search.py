@@ -99,7 +99,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     facts = {"device": name, "torch": torch.__version__, "n_train": n, "n_query": m, "rows": rows}
     arguments.out.write_text(json.dumps({"checkpoints": arguments.checkpoints, **facts}, indent=1) + "\n")
-    print(f"{name}: n_train {n}, n_query {m}, {arguments.checkpoints} checkpoints, {len(GRID)} dampings")
+    print(f"{name}: n_train {n}, n_query {m}, {arguments.checkpoints} checkpoint(s), {len(GRID)} dampings")
     print(
         f"{'compression':18} {'gradients':9} {'ours s':>8} {'reference':>12} {'x':>6} {'x full':>7} {'difference':>11}"
     )
