@@ -150,26 +150,24 @@ class MaskedConvolution(MaskedLayer):
 
     def rows(self, delta: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """The kept coordinates, see `MaskedLayer.rows`."""
-        positions, x = delta.shape[2:], kept[0]
-        if any(self._pads):
-            x = functional.pad(x, self._pads, mode=self._mode)
+        positions, x, delta = delta.shape[2:], kept[0], delta.flatten(2)
         if self._kernel:
-            return sampled_product(delta.flatten(2), x, self._table, tuple(positions), self._stride, self._dilation)
-        delta = delta.flatten(2)
+            return sampled_product(delta, self._padded(x), self._table, tuple(positions), self._stride, self._dilation)
         parts = []
         if self._order is not None:
             # Some samples at a time: a shifted view has to be copied before rows of it can be gathered.
             step = max(1, scratch_elements(x.device) // (x.shape[1] * delta.shape[2]))
-            found = [
-                torch.cat(
-                    [self._block(delta[lo : lo + step], x[lo : lo + step], positions, *b) for b in self._blocks], 1
-                )
-                for lo in range(0, len(x), step)
-            ]
+            found = []
+            for lo in range(0, len(x), step):
+                some, padded = delta[lo : lo + step], self._padded(x[lo : lo + step])
+                found.append(torch.cat([self._block(some, padded, positions, *block) for block in self._blocks], dim=1))
             parts.append(torch.cat(found).index_select(1, self._order))
         if len(self._bias):
             parts.append(wide(delta.index_select(1, self._bias_rows)).sum(dim=2))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return functional.pad(x, self._pads, mode=self._mode) if any(self._pads) else x
 
     def _block(self, delta: Tensor, x: Tensor, positions: torch.Size, offset: tuple[int, ...], pairs: Pairs) -> Tensor:
         for dim, (at, length) in enumerate(zip(offset, positions, strict=True)):

@@ -13,7 +13,7 @@ from torch import Tensor
 # 64 to 1,024 tokens; on a GPU 12 bytes of memory traffic stand against two operations in float32.
 DENSE_GAIN_CPU, DENSE_GAIN_CUDA = 16, 48
 # Elements of scratch: near the caches of a CPU, few launches on a GPU.
-SCRATCH_CPU, SCRATCH_CUDA = 1 << 20, 1 << 23
+SCRATCH_CPU, SCRATCH_CUDA = 1 << 20, 1 << 22
 
 
 def scratch_elements(device: torch.device) -> int:
