@@ -165,3 +165,18 @@ def test_restricted_projectors_are_the_projectors(spec):
         RestrictedProjector(projector, kept[kept != alone[3]])
     with pytest.raises(UsageError, match="does not begin with a mask"):
         RestrictedProjector(build_projector("sjlt-8", 60), kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["auto", "torch", "kernel"])
+@pytest.mark.parametrize("name", ["mlp", "normed", "tied"])
+def test_gpu_gives_the_features_of_full_gradients_on_a_cpu(name, backend):
+    specs = ["random_mask-10", "random_mask-20->sjlt-8", "grass_2-8"]
+    full, _ = run("full", torch.float32, name, specs=specs, masks=None)
+    masked, _ = run("auto", torch.float32, name, specs=specs, masks=None, device="cuda", backend=backend)
+    assert masked.gradients == "masked"
+    for spec in specs:
+        expected, found = full._train[1][spec], masked._train[1][spec]
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)

@@ -7,6 +7,7 @@ import torch
 from sampled_cases import LAYERS
 from torch import nn
 
+from grass_lib.errors import UsageError
 from grass_lib.gradients import MaskedGradients, PerSampleGradients, margin
 
 pytestmark = [
@@ -20,9 +21,12 @@ def squares(model, batch):
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_products():
+    """No rounding of factors to 10 bits, in convolutions either."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("backend", ["torch", "kernel"])
@@ -44,7 +48,7 @@ def test_layers(name, dtype, backend):
     )
     wanted = wanted[:, indices]
     # Half types round the layer's own output and its gradient before anything is added.
-    limit = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    limit = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert float((rows.cpu().double() - wanted).norm() / wanted.norm()) < limit
 
 
@@ -77,8 +81,6 @@ def test_a_model_of_all_kinds_gives_the_same_with_and_without_the_kernel():
 
 
 def test_float64_is_refused_by_the_kernel_alone():
-    from grass_lib.errors import UsageError
-
     model, batch = nn.Linear(4, 3).cuda().double(), (torch.randn(2, 4, dtype=torch.float64),)
     indices = torch.arange(5)
     MaskedGradients(model, squares, indices)(None, batch)
