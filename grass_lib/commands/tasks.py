@@ -76,6 +76,7 @@ def planned_source(
     seed: int,
     dtype: str,
     masks: str = "",
+    here: bool = True,
 ) -> StoreSource:
     """Checks everything that a user typed, before any model or data is loaded.
 
@@ -89,6 +90,7 @@ def planned_source(
         seed: Of everything random.
         dtype: Of the stored rows.
         masks: How the masks of a selective stage 1 are chosen; empty for ``learned``.
+        here: Whether it will be computed on this machine; elsewhere there may be other data and a GPU.
 
     Raises:
         UsageError: Something cannot work.
@@ -118,7 +120,7 @@ def planned_source(
     check_scale(scale)
     if found.validate is not None:
         found.validate(scale, parameters)
-    problems = found.check(scale)
+    problems = found.check(scale) if here else []
     if problems:
         raise UsageError(f"{name}, scale {scale}: {'; '.join(problems)}")
     return StoreSource(
