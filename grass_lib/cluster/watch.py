@@ -18,7 +18,7 @@ from grass_lib.runner.verify import load_status, verify_run
 DONE, FAILED, ENDED = "done", "failed", "ended"
 # Files of a node may be seen late here, and a job that lost its node may be queued again.
 PATIENCE_SECONDS = 30.0
-_POLL_SECONDS = (2.0, 30.0)
+_POLL_SECONDS = (2.0, 15.0)
 _SILENCES = 20
 
 
@@ -155,7 +155,7 @@ def watch(
             shown = line
         if len(ended) < len(jobs):
             time.sleep(pause)
-            pause = min(pause * 1.3, _POLL_SECONDS[1])
+            pause = min(pause * 1.1, _POLL_SECONDS[1])
     return [ended[job.id] for job in jobs]
 
 
