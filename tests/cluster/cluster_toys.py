@@ -3,6 +3,7 @@
 ``first`` and ``second`` are notebooks whose middle lasts as long as a file says; ``stored`` fills a gradient store.
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -108,10 +109,9 @@ def make(root: Path) -> Path:
     (root / "notebooks").mkdir(parents=True)
     (root / "_config.yml").write_text("title: toys\n")
     for name in registry():
-        toy = toy_project.Toy(root)
         cells = [BEGIN.format(name=name), WORK.format(root=root), toy_project.END]
         content = toy_project.notebook(*cells, parameters=PARAMETERS)
-        (root / "notebooks" / f"{name}.ipynb").write_text(__import__("json").dumps(content))
+        (root / "notebooks" / f"{name}.ipynb").write_text(json.dumps(content))
     (root / "site").mkdir()
     (root / "site" / "sitecustomize.py").write_text(
         "import grass_lib.experiments, cluster_toys\ngrass_lib.experiments.EXPERIMENTS = cluster_toys.registry()\n"
