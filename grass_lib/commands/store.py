@@ -134,8 +134,13 @@ def cache(
     no_wait: NoWait = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compute the compressed gradients of an experiment's training data."""
+    """Compute the compressed gradients of an experiment's training data.
+
+    On several GPUs of one machine: torchrun --nproc-per-node N -m grass_lib store cache ...
+    """
     from grass_lib.commands.tasks import influence_of, planned_source
+    from grass_lib.experiments.base import resolve_device
+    from grass_lib.ranks import started_by_torchrun
     from grass_lib.runner.parameters import split_assignments
     from grass_lib.store import GradientStore
 
@@ -164,8 +169,13 @@ def cache(
         words += [word for text in parameters or () for word in ("-p", text)]
         cache_on_slurm(words, store, workers or 1, settings, experiment=experiment, scale=scale, wait=not no_wait)
         return
-    task, influence = influence_of(source, store, shard_size=shard_size, device=device, progress=not quiet)
-    influence.cache(task.train, n_samples=task.n_train, worker=number, n_workers=count)
+    with started_by_torchrun(resolve_device(device)) as (ranks, place):
+        task, influence = influence_of(
+            source, store, shard_size=shard_size, device=place, ranks=ranks, progress=not quiet
+        )
+        influence.cache(task.train, n_samples=task.n_train, worker=number, n_workers=count)
+    if ranks.rank:
+        return
     found = GradientStore.open(store)
     missing = len(found.missing())
     state = "complete" if not missing else f"{missing} of {found.n_shards} shards left to other workers"

@@ -12,6 +12,8 @@ from grass_lib.errors import StoreError, UsageError
 if TYPE_CHECKING:
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import AttributionTask
+    from grass_lib.gradients.factored import LayerMasks
+    from grass_lib.ranks import Ranks
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
@@ -142,6 +144,7 @@ def influence_of(
     *,
     shard_size: int | None = None,
     device: str = "auto",
+    ranks: Ranks | None = None,
     progress: bool = True,
 ) -> tuple[AttributionTask, InfluenceFunction]:
     """The experiment's task, and the influence function on a store of it.
@@ -151,6 +154,7 @@ def influence_of(
         store: Its folder.
         shard_size: Samples in a shard of a store to be made.
         device: ``auto``, ``cpu`` or ``cuda``.
+        ranks: Processes that share the work; what is trained or fitted first is so by the first of them.
         progress: Whether bars are shown.
 
     Raises:
@@ -162,28 +166,36 @@ def influence_of(
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import resolve_device
     from grass_lib.experiments.layer_masks import fit_layer_masks, masks_folder
+    from grass_lib.ranks import Ranks
     from grass_lib.runner.planning import experiments_by_name
     from grass_lib.specs import CompressionSpec
 
     build = experiments_by_name()[source.experiment].attribution_task
     if build is None:
         raise UsageError(f"{source.experiment} keeps no gradient store")
-    task = build(source.scale, source.parameters, resolve_device(device))
     spec = CompressionSpec.parse(sparsification=source.sparsification, projection=source.projection)
-    fitted = fit_layer_masks(
-        task.model,
-        task.loss,
-        task.train,
-        [spec],
-        masks_folder(source.experiment, source.scale),
-        layers=task.layers,
-        include_head=task.include_head,
-        data_sha256=task.data_sha256,
-        scale=source.scale,
-        method=source.masks or "learned",
-        seed=source.seed,
-        progress=progress,
-    )
+    together = Ranks() if ranks is None else ranks
+    shown = progress and together.rank == 0
+
+    def prepare() -> tuple[AttributionTask, LayerMasks | None]:
+        task = build(source.scale, source.parameters, resolve_device(device))
+        fitted = fit_layer_masks(
+            task.model,
+            task.loss,
+            task.train,
+            [spec],
+            masks_folder(source.experiment, source.scale),
+            layers=task.layers,
+            include_head=task.include_head,
+            data_sha256=task.data_sha256,
+            scale=source.scale,
+            method=source.masks or "learned",
+            seed=source.seed,
+            progress=shown,
+        )
+        return task, fitted[spec.sparsification].masks if fitted else None
+
+    task, masks = together.first(prepare)
     influence = InfluenceFunction(
         task.model,
         task.loss,
@@ -195,11 +207,12 @@ def influence_of(
         hessian=source.hessian,
         store=store,
         dtype=getattr(torch, source.dtype),
-        masks=fitted[spec.sparsification].masks if fitted else None,
+        masks=masks,
         seed=source.seed,
         shard_size=shard_size,
         fingerprint={"data": task.data_sha256},
         source=source.to_json(),
+        ranks=together,
         progress=progress,
     )
     return task, influence
