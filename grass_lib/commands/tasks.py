@@ -169,6 +169,7 @@ def influence_of(
     from grass_lib.ranks import Ranks
     from grass_lib.runner.planning import experiments_by_name
     from grass_lib.specs import CompressionSpec
+    from grass_lib.store.lock import creation_lock
 
     build = experiments_by_name()[source.experiment].attribution_task
     if build is None:
@@ -178,13 +179,20 @@ def influence_of(
     shown = progress and together.rank == 0
 
     def prepare() -> tuple[AttributionTask, LayerMasks | None]:
+        # Workers that start together: the first trains and fits, the others read what it wrote.
+        folder = masks_folder(source.experiment, source.scale)
+        folder.mkdir(parents=True, exist_ok=True)
+        with creation_lock(folder):
+            return prepare_alone(folder)
+
+    def prepare_alone(folder: Path) -> tuple[AttributionTask, LayerMasks | None]:
         task = build(source.scale, source.parameters, resolve_device(device))
         fitted = fit_layer_masks(
             task.model,
             task.loss,
             task.train,
             [spec],
-            masks_folder(source.experiment, source.scale),
+            folder,
             layers=task.layers,
             include_head=task.include_head,
             data_sha256=task.data_sha256,
