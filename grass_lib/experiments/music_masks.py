@@ -42,7 +42,7 @@ def energy_masks(
     Raises:
         UsageError: The gradients are not finite or all zero.
     """
-    sizes = {str(spec): spec.sparsification.k or spec.projection.k for spec in compressions if spec.needs_mask_file}
+    sizes = {str(spec): _kept(spec) for spec in compressions if spec.needs_mask_file}
     found: dict[str, list[Mask]] = {name: [] for name in sizes}
     if not found:
         return found
@@ -60,10 +60,15 @@ def energy_masks(
             energy = second_moments(GradientSource(walk, n, gradients.p, gradients.device))
             masks: dict[int, Mask] = {}
             for name, k in sizes.items():
-                if k is not None and k not in masks:
+                if k not in masks:
                     indices = top_k(energy, k)
                     facts = {"method": "energy", "n": str(n)}
                     masks[k] = Mask(indices.cpu(), gradients.p, energy[indices].cpu(), facts)
-                if k is not None:
-                    found[name].append(masks[k])
+                found[name].append(masks[k])
     return found
+
+
+def _kept(spec: CompressionSpec) -> int:
+    """Coordinates that the mask of a selective compression keeps."""
+    k = spec.projection.k if spec.sparsification.is_identity else spec.sparsification.k
+    return 0 if k is None else k

@@ -58,7 +58,7 @@ class Protocol:
     buffer_bytes: int | None
 
     def specs(self) -> tuple[str, ...]:
-        """The compressions to compare: those of the published rows, and ``rademacher``, which the rows called fjlt were.
+        """The compressions to compare: the published rows, and ``rademacher``, which those called fjlt were.
 
         Returns:
             Lone masks, lone projections, then masks before projections; those with a fitted mask only where there are.
@@ -100,10 +100,11 @@ class Protocol:
                 raise SpecError(
                     f"{spec} is for layers, and this experiment compresses whole gradients; use a flat spec"
                 )
-            if spec.projection.needs_mask_file or (spec.needs_mask_file and self.masks == "none"):
+            second_mask = spec.projection.needs_mask_file and not spec.sparsification.is_identity
+            if second_mask or (spec.needs_mask_file and self.masks == "none"):
                 raise SpecError(
-                    f"{spec} needs a fitted mask that this run has none of; expected masks=energy and selective types "
-                    "as selective_mask-K or selective_mask-K->TYPE-DIM"
+                    f"{spec} needs a fitted mask that this run has none of; expected masks=energy, and a selective type "
+                    "first, such as selective_mask-K or selective_mask-K->TYPE-DIM"
                 )
             first = spec.projection if spec.sparsification.is_identity else spec.sparsification
             first.check_input(size)

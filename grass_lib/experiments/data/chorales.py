@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+
 from grass_lib.errors import DataError
 from grass_lib.experiments.data.events import PITCH, encode
 from grass_lib.experiments.data.musicxml import read_mxl
@@ -114,8 +115,8 @@ def _files() -> dict[str, bytes]:
     found = _hash(files)
     if found != _SHA256:
         raise DataError(
-            f"the {len(files)} chorales in {_FOLDER} of the package {PACKAGE} have SHA-256 {found}, expected {_SHA256}; "
-            "install the version that requirements.txt names"
+            f"the {len(files)} chorales in {_FOLDER} of the package {PACKAGE} have SHA-256 {found}, expected "
+            f"{_SHA256}; install the version that requirements.txt names"
         )
     return files
 

@@ -77,9 +77,9 @@ class MusicTransformer(nn.Module):
         # Only the last event's state is asked for, and only the last layer can leave out the others.
         last = ((ids != PAD).sum(dim=1) - 1).clamp_min(0)
         x = self._embed(ids)
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return self.head(self.norm(self.layers[-1](x, last)).squeeze(1))
+        for place, layer in enumerate(self.layers, start=1):
+            x = layer(x, last if place == len(self.layers) else None)
+        return self.head(self.norm(x).squeeze(1))
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Hidden states ``(batch, length, width)`` after the last norm; each sees its own event and those before it."""
