@@ -113,6 +113,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.chorales",
             "grass_lib.experiments.data.events",
             "grass_lib.experiments.data.maestro",
+            "grass_lib.experiments.data.maestro_archive",
             "grass_lib.experiments.data.midi",
             "grass_lib.experiments.data.musicxml",
             "grass_lib.experiments.data.piece_cache",

@@ -103,8 +103,8 @@ class Protocol:
             second_mask = spec.projection.needs_mask_file and not spec.sparsification.is_identity
             if second_mask or (spec.needs_mask_file and self.masks == "none"):
                 raise SpecError(
-                    f"{spec} needs a fitted mask that this run has none of; expected masks=energy, and a selective type "
-                    "first, such as selective_mask-K or selective_mask-K->TYPE-DIM"
+                    f"{spec} needs a fitted mask that this run has none of; expected masks=energy, and a "
+                    "selective type first, such as selective_mask-K or selective_mask-K->TYPE-DIM"
                 )
             first = spec.projection if spec.sparsification.is_identity else spec.sparsification
             first.check_input(size)

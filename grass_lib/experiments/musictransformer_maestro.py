@@ -21,7 +21,8 @@ from grass_lib.evaluation.plan import BankPlan
 from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.chorales import chorales_fingerprint, load_chorales
-from grass_lib.experiments.data.maestro import load_maestro, maestro_fingerprint, maestro_problems
+from grass_lib.experiments.data.maestro import load_maestro
+from grass_lib.experiments.data.maestro_archive import maestro_fingerprint, maestro_problems
 from grass_lib.experiments.data.windows import EventWindows
 from grass_lib.experiments.models.music_transformer import MusicTransformer, build_music_transformer
 from grass_lib.experiments.music_masks import energy_masks

@@ -141,3 +141,29 @@ def _disjoint(notes: np.ndarray) -> np.ndarray:
         last = following[1] if following[0] == pitch else release
         rows.append((onset, max(min(release, last), onset + 1), pitch, velocity))
     return as_notes(rows)
+
+
+def pitch_name(pitch: int) -> str:
+    """Name of a MIDI pitch: 60 is C4."""
+    names = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
+    return f"{names[pitch % 12]}{pitch // 12 - 1}"
+
+
+def describe(event: int) -> str:
+    """An event in words.
+
+    Args:
+        event: Below `VOCABULARY`.
+
+    Raises:
+        DataError: It is not in the vocabulary.
+    """
+    if not 0 <= event < VOCABULARY:
+        raise DataError(f"{event} is not an event; expected 0 to {VOCABULARY - 1}")
+    if event >= EVENTS:
+        return "the piece ends" if event == END else "padding"
+    if event >= VELOCITY:
+        return f"loudness {event - VELOCITY + 1} of {_LEVELS}"
+    if event >= TIME_SHIFT:
+        return f"{(event - TIME_SHIFT + 1) / STEPS_PER_SECOND:.2f} s pass"
+    return f"{pitch_name(event % _PITCHES)} {'begins' if event < NOTE_OFF else 'ends'}"

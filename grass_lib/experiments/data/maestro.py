@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
-import logging
 import re
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
@@ -25,21 +22,22 @@ from tqdm import tqdm
 from grass_lib.errors import DataError
 from grass_lib.experiments.data.archive import SafeArchive, open_archive
 from grass_lib.experiments.data.events import encode
+from grass_lib.experiments.data.maestro_archive import SHA256, archive_hash, archive_label, archive_path, cache_folder
 from grass_lib.experiments.data.midi import read_midi
 from grass_lib.experiments.data.piece_cache import read_pieces, write_pieces
 from grass_lib.experiments.data.sources import grass_data
-from grass_lib.experiments.data.windows import EventWindows, Piece, event_windows, first_windows, round_robin
-from grass_lib.files import replacing
-from grass_lib.project import runs_root
+from grass_lib.experiments.data.windows import (
+    EventWindows,
+    Piece,
+    Window,
+    cut,
+    event_windows,
+    first_windows,
+    round_robin,
+)
 
-logger = logging.getLogger(__name__)
-
-ADDRESS = "https://storage.googleapis.com/magentadata/datasets/maestro/v2.0.0/maestro-v2.0.0-midi.zip"
-ARCHIVE = "maestro-v2.0.0-midi.zip"
-SHA256 = "ec2cc9d94886c6b376db1eaa2b8ad1ce62ff9f0a28b3744782b13163295dadf3"
-BYTES = 59_243_107
-"""Of the official archive."""
 PERFORMANCES = 1282
+"""Of the official archive."""
 LENGTH, N_TRAIN, N_QUERY = 256, 5000, 178
 LICENCE = (
     "MAESTRO v2.0.0: C. Hawthorne et al., from performances of the International Piano-e-Competition, CC BY-NC-SA 4.0"
@@ -50,8 +48,6 @@ _COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
 _MOVEMENT = re.compile(r"\.p\d+\.midi?$")
 # Raised when the same files would give other events.
 _TOKENISER_VERSION = 1
-_CHUNK = 1 << 20
-_TIMEOUT = 60
 
 
 @dataclass(frozen=True)
@@ -80,12 +76,11 @@ def load_maestro(*, progress: bool = True) -> EventWindows:
     Raises:
         DataError: The archive is missing, damaged or unsafe, or gives too few windows.
     """
-    path = _archive_path(progress)
-    sha = _file_hash(path)
-    label = _label()
+    path = archive_path(progress=progress)
+    sha, label = archive_hash(path), archive_label()
     wanted = [sha, _TOKENISER_VERSION, LENGTH, N_TRAIN, N_QUERY]
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    cache = _cache_folder() / f"maestro-{fingerprint[:12]}.parquet"
+    cache = cache_folder() / f"maestro-{fingerprint[:12]}.parquet"
     with open_archive(path, label) as archive:
         performances = read_table(archive.read(_TABLE), label)
         pieces = read_pieces(cache, fingerprint)
@@ -102,35 +97,25 @@ def load_maestro(*, progress: bool = True) -> EventWindows:
     )
 
 
-def maestro_problems() -> list[str]:
-    """What keeps the data from being read here, one sentence each; asks nothing of the network."""
-    missing = [name for name in ("mido", "pyarrow") if importlib.util.find_spec(name) is None]
-    if missing:
-        return [f"reading MAESTRO needs {' and '.join(missing)}, not installed here; run `make setup`"]
-    try:
-        folder = grass_data()
-    except DataError as error:
-        return [str(error)]
-    if folder is not None and not (folder / "maestro" / ARCHIVE).is_file():
-        return [_absent()]
-    return []
+def find_windows(places: Collection[tuple[str, int]]) -> dict[tuple[str, int], Window]:
+    """Some windows by the file of their performance and their number in it, from the archive on this machine.
 
+    Args:
+        places: Which.
 
-def maestro_fingerprint() -> str:
-    """A hash of the archive; the official one has the known hash.
+    Returns:
+        Those of the performances that the archive has.
 
     Raises:
-        DataError: ``GRASS_DATA`` has no archive, or it cannot be read.
+        DataError: The archive is missing, damaged or unsafe.
     """
-    return SHA256 if grass_data() is None else _file_hash(_local_archive())
-
-
-def maestro_is_here() -> bool:
-    """Whether the archive is on this machine, so that music can be shown without the network."""
-    try:
-        return (_download_path() if grass_data() is None else _local_archive()).is_file()
-    except DataError:
-        return False
+    files = {file for file, _ in places}
+    path, label = archive_path(), archive_label()
+    with open_archive(path, label) as archive:
+        chosen = [one for one in read_table(archive.read(_TABLE), label) if one.file in files]
+        cuts = [cut(_piece(archive, one, label), LENGTH) for one in chosen]
+    found = {(window.piece, window.number): window for windows in cuts for window in windows}
+    return {place: found[place] for place in places if place in found}
 
 
 def read_table(content: bytes, label: str) -> list[Performance]:
@@ -174,58 +159,14 @@ def kind_of(sha256: str, performances: int) -> str:
     return "subset" if performances < PERFORMANCES else "substitute"
 
 
-def fetch(
-    path: Path, *, address: str = ADDRESS, sha256: str = SHA256, size: int = BYTES, progress: bool = True
-) -> None:
-    """Downloads the official archive; it appears under its name only when its checksum is right.
-
-    Args:
-        path: Where to; its folder is made.
-        address: Where from.
-        sha256: What the content must be.
-        size: Its bytes; nothing beyond is read.
-        progress: Shows a bar.
-
-    Raises:
-        DataError: It cannot be had, or its content is another one.
-    """
-    digest = hashlib.sha256()
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(address, timeout=_TIMEOUT) as answer,
-            tqdm(total=size, unit="B", unit_scale=True, desc="MAESTRO", disable=not progress) as bar,
-            replacing(path, part) as file,
-        ):
-            left = size
-            while left > 0 and (block := answer.read(min(_CHUNK, left))):
-                digest.update(block)
-                file.write(block)
-                left -= len(block)
-                bar.update(len(block))
-            found = digest.hexdigest()
-            if left or answer.read(1) or found != sha256:
-                raise DataError(
-                    f"{address} gave {size - left:,} bytes or more with SHA-256 {found}; expected {size:,} with "
-                    f"{sha256}. Try again, or {_remedy()}"
-                )
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise DataError(f"MAESTRO could not be fetched from {address} ({reason}). Try again, or {_remedy()}") from error
-
-
 def _read(archive: SafeArchive, performances: Sequence[Performance], label: str, progress: bool) -> list[Piece]:
     """The pieces that windows are taken from; others are not unpacked."""
 
     def pieces(split: str, bar: Any) -> Iterator[Piece]:
         for one in performances:
             if one.split == split:
-                notes = read_midi(archive.read(f"{_FOLDER}/{one.file}"), f"{label}: {one.file}")
+                yield _piece(archive, one, label)
                 bar.update()
-                yield Piece(one.file, one.title, split, encode(notes))
 
     found: list[Piece] = []
     with tqdm(desc="reading MIDI", unit="file", delay=3, disable=not progress) as bar:
@@ -239,6 +180,11 @@ def _read(archive: SafeArchive, performances: Sequence[Performance], label: str,
     return found
 
 
+def _piece(archive: SafeArchive, performance: Performance, label: str) -> Piece:
+    notes = read_midi(archive.read(f"{_FOLDER}/{performance.file}"), f"{label}: {performance.file}")
+    return Piece(performance.file, performance.title, performance.split, encode(notes))
+
+
 def _source(performances: Sequence[Performance], sha: str) -> str:
     place = "storage.googleapis.com/magentadata" if grass_data() is None else "GRASS_DATA/maestro"
     if sha == SHA256:
@@ -250,57 +196,3 @@ def _source(performances: Sequence[Performance], sha: str) -> str:
     movements = sum(bool(_MOVEMENT.search(one.file)) for one in performances)
     note = f"; {movements} are one piece or movement cut out of a performance" if movements else ""
     return f"{place}: a subset of MAESTRO v2.0.0, {len(performances)} files ({parts}){note}"
-
-
-def _cache_folder() -> Path:
-    return runs_root() / "shared" / "maestro"
-
-
-def _download_path() -> Path:
-    return _cache_folder() / ARCHIVE
-
-
-def _archive_path(progress: bool) -> Path:
-    if grass_data() is not None:
-        return _local_archive()
-    path = _download_path()
-    if not path.is_file():
-        fetch(path, progress=progress)
-    found = _file_hash(path)
-    if found != SHA256:
-        raise DataError(f"{_label()} has SHA-256 {found}, expected {SHA256}; delete it to fetch it again")
-    return path
-
-
-def _local_archive() -> Path:
-    folder = grass_data()
-    path = None if folder is None else folder / "maestro" / ARCHIVE
-    if path is None or not path.is_file():
-        raise DataError(_absent())
-    return path
-
-
-def _label() -> str:
-    return f"runs/shared/maestro/{ARCHIVE}" if grass_data() is None else f"GRASS_DATA's maestro/{ARCHIVE}"
-
-
-def _absent() -> str:
-    return (
-        f"GRASS_DATA has no maestro/{ARCHIVE}; put the archive of MIDI files of MAESTRO v2.0.0 there, or unset "
-        "GRASS_DATA to fetch it from its official address"
-    )
-
-
-def _remedy() -> str:
-    return f"set GRASS_DATA to a folder that has maestro/{ARCHIVE}, or run with scale=embedded"
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_CHUNK):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{_label()} could not be read: {error.strerror or error}; make it readable") from error
-    return digest.hexdigest()
