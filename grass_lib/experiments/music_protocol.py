@@ -13,8 +13,8 @@ from grass_lib.specs import CompressionSpec, parse_specs
 DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Relative values, and for ``convention="paper"`` the absolute ones that the published rows were chosen from."""
 CONVENTIONS = ("relative", "paper")
-MASKS = ("energy", "none")
-"""How the coordinates of selective types are chosen: those with the largest mean square, or none, without such rows."""
+MASKS = ("energy", "")
+"""How the coordinates of selective types are chosen: those with the largest mean square, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Protocol:
         Returns:
             Lone masks, lone projections, then masks before projections; those with a fitted mask only where there are.
         """
-        kinds = ("random_mask", "selective_mask") if self.masks != "none" else ("random_mask",)
+        kinds = ("random_mask", "selective_mask") if self.masks else ("random_mask",)
         found = [f"{kind}-{k}" for kind in kinds for k in self.ks]
         found += [f"{family}-{k}" for family in ("sjlt", "fjlt") for k in self.ks]
         found += [f"rademacher-{k}" for k in self.dense_ks]
@@ -101,7 +101,7 @@ class Protocol:
                     f"{spec} is for layers, and this experiment compresses whole gradients; use a flat spec"
                 )
             second_mask = spec.projection.needs_mask_file and not spec.sparsification.is_identity
-            if second_mask or (spec.needs_mask_file and self.masks == "none"):
+            if second_mask or (spec.needs_mask_file and not self.masks):
                 raise SpecError(
                     f"{spec} needs a fitted mask that this run has none of; expected masks=energy, and a "
                     "selective type first, such as selective_mask-K or selective_mask-K->TYPE-DIM"
@@ -130,7 +130,7 @@ def protocol(scale: str, *, n_lds: int = 0, n_trak: int = 0, masks: str = "energ
             "and 1 TRAK model"
         )
     if masks not in MASKS:
-        raise UsageError(f"masks is {masks!r}; expected one of {', '.join(MASKS)}")
+        raise UsageError(f"masks is {masks!r}; expected energy, or nothing to leave selective types out")
     if scale == "embedded":
         chosen = Protocol(
             scale=scale,

@@ -17,7 +17,9 @@ EMBEDDED = Page("mlp_mnist", "embedded")
 
 def test_pages_of_the_table_of_contents(sources: Path) -> None:
     assert pages_in_toc(sources / "_toc.yml") == [
-        Page(experiment, scale) for experiment in ("mlp_mnist", "gpt2_wikitext") for scale in ("embedded", "paper")
+        Page(experiment, scale)
+        for experiment in ("mlp_mnist", "musictransformer_maestro", "gpt2_wikitext")
+        for scale in ("embedded", "paper")
     ]
 
 
