@@ -1,4 +1,4 @@
-"""Events against an independent computation; MIDI and MusicXML files that the tests write; archives that are refused."""
+"""Events against an independent computation; MIDI and MusicXML that the tests write; archives that are refused."""
 
 import io
 import stat
@@ -32,10 +32,9 @@ from grass_lib.experiments.data.musicxml import read_musicxml, read_mxl
 def random_notes(seed, n=40):
     generator = np.random.default_rng(seed)
     onsets = np.sort(generator.integers(0, 300, n))
-    rows = zip(
-        onsets, onsets + generator.integers(0, 230, n), generator.integers(55, 70, n), generator.integers(1, 128, n)
-    )
-    return as_notes([tuple(map(int, row)) for row in rows])
+    releases = onsets + generator.integers(0, 230, n)
+    columns = (onsets, releases, generator.integers(55, 70, n), generator.integers(1, 128, n))
+    return as_notes([tuple(row) for row in np.stack(columns, axis=1).tolist()])
 
 
 def sounding(notes):

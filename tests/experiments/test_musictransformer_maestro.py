@@ -12,6 +12,7 @@ from torch.nn import functional
 from grass_lib import TRAK
 from grass_lib.errors import DataError, SpecError, UsageError
 from grass_lib.evaluation import RetrainingBank, lds
+from grass_lib.evaluation.plan import Member
 from grass_lib.experiments import EXPERIMENTS
 from grass_lib.experiments import musictransformer_maestro as experiment
 from grass_lib.experiments.data.events import PAD
@@ -124,9 +125,8 @@ def test_bank_and_checkpoints(data, tmp_path):
         expected = functional.log_softmax(logits, dim=1).gather(1, data.query_labels[:, None]).squeeze(1)
         torch.testing.assert_close(stored.outputs[index, 0], expected)
         # Higher is better in every experiment: the stored output is minus the loss.
-        torch.testing.assert_close(
-            expected, -cross_entropy(lambda ids, logits=logits: logits, (data.query_ids, data.query_labels))
-        )
+        model.load_state_dict(state)
+        torch.testing.assert_close(expected, -cross_entropy(model, (data.query_ids, data.query_labels)))
         assert stored.metrics["accuracy"][index, 0] == (logits.argmax(1) == data.query_labels).float().mean()
         assert stored.metrics["loss"][index, 0] == pytest.approx(-float(expected.mean()), rel=1e-5)
 
@@ -176,8 +176,6 @@ def test_everything_that_decides_the_models_names_their_folder(data, tmp_path):
 def test_training_is_adam_on_the_mean_cross_entropy(data):
     """A model against a plain loop of torch.optim.Adam with the same start and order."""
     recipe = MusicRecipe(lr=1e-2, epochs=2, batch_size=8, dropout=0.0)
-    from grass_lib.evaluation.plan import Member
-
     member, subset = Member(0, "lds", 3), torch.arange(0, 30, 2)
     trained = MusicTrainer(data, SIZES, recipe, device="cpu")(subset[None], [member])
     model = experiment.make_model(TINY)
@@ -189,8 +187,9 @@ def test_training_is_adam_on_the_mean_cross_entropy(data):
             optimizer.zero_grad()
             functional.cross_entropy(model(data.train_ids[rows]), data.train_labels[rows]).backward()
             optimizer.step()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(trained.state_dicts[0][name], value.detach(), rtol=1e-3, atol=1e-5)
+    # Not weight by weight: a bias of keys moves no output, and Adam makes steps of its rounding.
+    expected = query_outputs(model(data.query_ids), data.query_labels)
+    torch.testing.assert_close(trained.outputs[0], expected.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_step_passes_its_betas_on(data):
@@ -281,6 +280,7 @@ def test_on_a_gpu_a_model_is_the_same_each_time_and_near_that_of_the_cpu(data, t
     torch.testing.assert_close(banks[0].outputs, banks[2].outputs, atol=0.2, rtol=0.1)
 
 
+@pytest.mark.system
 def test_compiled_training_is_the_same_on_a_cpu(data, tmp_path):
     """What a GPU compiles, compiled here: the same models to rounding."""
     small = replace(TINY, n_lds=3, second_seed_share=0.0, recipe=replace(TINY.recipe, dropout=0.0))

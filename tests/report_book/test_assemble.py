@@ -109,6 +109,8 @@ def test_pages_are_made_anew_each_time(sources: Path) -> None:
         "gpt2_wikitext_paper.md",
         "mlp_mnist_embedded.ipynb",
         "mlp_mnist_paper.md",
+        "musictransformer_maestro_embedded.md",
+        "musictransformer_maestro_paper.md",
     ]
 
 
