@@ -105,7 +105,6 @@ def trak_checkpoints(
     seed: int = 0,
     device: str = "auto",
     compile: bool | None = None,
-    overlap: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Trains, finishes or reads the models that TRAK uses.
@@ -117,8 +116,6 @@ def trak_checkpoints(
         seed: Of subsets and models; the same seed as the LDS bank's shares no stream with it.
         device: Where to train.
         compile: As for the bank.
-        overlap: Takes the first models of the LDS bank instead (trained again from their streams), to measure what such
-            a leak of the ground truth into attribution does to LDS.
         progress: Shows a bar when it lasts.
 
     Returns:
@@ -133,7 +130,7 @@ def trak_checkpoints(
         seed=seed,
         group_size=protocol.group_size,
         second_seed_share=0.0,
-        role="lds" if overlap else "trak",
+        role="trak",
     )
     _, folder = _train(plan, protocol, data, directory, device, compile, keep_weights=True, progress=progress)
     return load_weights(folder)

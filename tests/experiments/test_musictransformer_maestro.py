@@ -151,14 +151,6 @@ def test_the_bank_is_the_same_whatever_was_trained_before(data, tmp_path):
     assert torch.equal(first.outputs.nan_to_num(9.0), again.outputs.nan_to_num(9.0))
 
 
-def test_overlap_takes_the_models_of_the_lds_bank(data, tmp_path):
-    bank = experiment.train_lds_bank(TINY, data, tmp_path, device="cpu", progress=False)
-    experiment.trak_checkpoints(TINY, data, tmp_path / "leak", device="cpu", overlap=True, progress=False)
-    leak = bank_in(tmp_path / "leak", "lds")
-    assert torch.equal(leak.subsets, bank.subsets[:2])
-    torch.testing.assert_close(leak.outputs[:, 0], bank.outputs[:2, 0], atol=1e-4, rtol=1e-4)
-
-
 def test_everything_that_decides_the_models_names_their_folder(data, tmp_path):
     changes = [
         ({}, TINY, data),

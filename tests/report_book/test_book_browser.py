@@ -35,6 +35,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",  # a reader clicks, a test does not
     "--host-resolver-rules=MAP * ~NOTFOUND",
     "--window-size=1280,900",
 )

@@ -194,5 +194,6 @@ def _source(performances: Sequence[Performance], sha: str) -> str:
     }
     parts = ", ".join(f"{count} {split}" for split, count in counts.items())
     movements = sum(bool(_MOVEMENT.search(one.file)) for one in performances)
-    note = f"; {movements} of them single pieces or movements of a performance" if movements else ""
+    share = "all" if movements == len(performances) else movements
+    note = f"; {share} of them single pieces or movements of a performance" if movements else ""
     return f"{place}: a subset of MAESTRO v2.0.0, {len(performances)} files ({parts}){note}"

@@ -49,6 +49,8 @@ class MusicTransformer(nn.Module):
     relative positions that its heads share.
     """
 
+    positions: Tensor
+
     def __init__(self, sizes: MusicSizes, dropout: float = 0.1) -> None:
         """Builds the model; its weights come from `initial_weights` or a checkpoint.
 
