@@ -161,7 +161,9 @@ class RelativeAttention(nn.Module):
 
 def _rows(x: Tensor, last: Tensor) -> Tensor:
     """One event of each sample: ``(batch, 1, width)`` of ``(batch, length, width)``."""
-    return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[2]))
+    # A product with ones and zeros is exact, and unlike a gather its backward pass adds in one order on a GPU.
+    place = torch.arange(x.shape[1], device=x.device)
+    return (place == last[:, None, None]).to(x.dtype) @ x
 
 
 def _by_place(by_distance: Tensor) -> Tensor:
@@ -187,8 +189,9 @@ def _by_place_of(by_distance: Tensor, last: Tensor) -> Tensor:
     """
     length = by_distance.shape[3]
     place = torch.arange(length, device=last.device)
-    column = (place + (length - 1 - last)[:, None]).clamp_max(length - 1)
-    moved = by_distance.gather(3, column[:, None, None].expand_as(by_distance))
+    # Column j takes what stands length - 1 - last places further right; see `_rows` for the product.
+    moves = place[:, None] == place + (length - 1 - last)[:, None, None]
+    moved = by_distance @ moves[:, None].to(by_distance.dtype)
     return moved.masked_fill((place > last[:, None])[:, None, None], -torch.inf)
 
 
