@@ -161,9 +161,9 @@ class RelativeAttention(nn.Module):
 
 def _rows(x: Tensor, last: Tensor) -> Tensor:
     """One event of each sample: ``(batch, 1, width)`` of ``(batch, length, width)``."""
-    # A product with ones and zeros is exact, and unlike a gather its backward pass adds in one order on a GPU.
-    place = torch.arange(x.shape[1], device=x.device)
-    return (place == last[:, None, None]).to(x.dtype) @ x
+    # A sum of one number and zeros is exact, and unlike a gather its backward pass adds in one order on a GPU.
+    chosen = torch.arange(x.shape[1], device=x.device) == last[:, None]
+    return (x * chosen[:, :, None].to(x.dtype)).sum(dim=1, keepdim=True)
 
 
 def _by_place(by_distance: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _by_place_of(by_distance: Tensor, last: Tensor) -> Tensor:
     """
     length = by_distance.shape[3]
     place = torch.arange(length, device=last.device)
-    # Column j takes what stands length - 1 - last places further right; see `_rows` for the product.
+    # Column j takes what stands length - 1 - last places further right; a product with ones and zeros is exact.
     moves = place[:, None] == place + (length - 1 - last)[:, None, None]
     moved = by_distance @ moves[:, None].to(by_distance.dtype)
     return moved.masked_fill((place > last[:, None])[:, None, None], -torch.inf)
