@@ -154,15 +154,25 @@ def event_windows(
     train: Sequence[Window], queries: Sequence[Window], *, source: str, licence: str, kind: str, rows: int
 ) -> EventWindows:
     """Puts windows together; arguments are the fields of `EventWindows`."""
-    parts = []
-    for windows in (train, queries):
-        parts.append(torch.stack([window.ids for window in windows]))
-        parts.append(torch.tensor([window.label for window in windows]))
+    train_ids, query_ids = (torch.stack([window.ids for window in windows]) for windows in (train, queries))
+    train_labels, query_labels = (torch.tensor([window.label for window in windows]) for windows in (train, queries))
     digest = hashlib.sha256()
-    for part in parts:
+    for part in (train_ids, train_labels, query_ids, query_labels):
         digest.update(repr(tuple(part.shape)).encode())
         digest.update(part.numpy().astype("<i8").tobytes())
-    return EventWindows(tuple(train), tuple(queries), *parts, source, licence, kind, rows, digest.hexdigest())
+    return EventWindows(
+        train=tuple(train),
+        queries=tuple(queries),
+        train_ids=train_ids,
+        train_labels=train_labels,
+        query_ids=query_ids,
+        query_labels=query_labels,
+        source=source,
+        licence=licence,
+        kind=kind,
+        rows=rows,
+        sha256=digest.hexdigest(),
+    )
 
 
 def _too_few(found: int, count: int, length: int) -> DataError:
