@@ -137,7 +137,7 @@ def protocol(scale: str, *, n_lds: int = 0, n_trak: int = 0, masks: str = "energ
             sizes=MusicSizes(layers=2, width=32, heads=2, feedforward=64, length=64),
             n_train=512,
             n_query=100,
-            n_lds=20,
+            n_lds=16,
             n_trak=3,
             second_seed_share=0.5,
             group_size=5,
