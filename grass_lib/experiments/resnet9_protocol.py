@@ -14,7 +14,7 @@ from grass_lib.specs import CompressionSpec, parse_specs
 
 RECIPES = {
     "embedded": {
-        "one_cycle": ImageRecipe(lr=0.1, epochs=15, batch_size=16, warm_up=0.3),
+        "one_cycle": ImageRecipe(lr=0.05, epochs=15, batch_size=16, warm_up=0.3),
         "paper": ImageRecipe(lr=0.01, epochs=10, batch_size=16),
     },
     "paper": {
@@ -165,7 +165,7 @@ def protocol(
         n_train=n_train,
         n_query=n_query,
         n_lds=20 if small else 50,
-        n_trak=3 if small else 10,
+        n_trak=5 if small else 10,
         second_seed_share=0.5,
         group_size=5,
         sizes=ResNet9Sizes(width=8, stem_stride=2) if small else ResNet9Sizes(),

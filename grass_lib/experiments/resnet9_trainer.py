@@ -96,12 +96,11 @@ class GroupTrainer:
         self._device = torch.device(resolve_device(device))
         self._recipe, self._sizes = recipe, sizes
         self._target: Target = target
-        # Convolutions are fastest where the channels of a pixel lie side by side.
-        self._train_x, self._query_x = (
-            part.to(self._device).contiguous(memory_format=torch.channels_last) for part in (data.train_x, data.query_x)
-        )
+        self._train_x = _channels_last(data.train_x, self._device)
+        self._query_x = _channels_last(data.query_x, self._device)
         self._train_y, self._query_y = data.train_y.to(self._device), data.query_y.to(self._device)
-        self._model = ResNet9(sizes).to(self._device, memory_format=torch.channels_last)
+        self._model = ResNet9(sizes).to(self._device)
+        self._model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._step = SGDStep(self._model, momentum=recipe.momentum)
 
     def __call__(self, subsets: Tensor, members: Sequence[Member]) -> TrainedGroup:
@@ -147,6 +146,11 @@ class GroupTrainer:
     def _logits(self, x: Tensor) -> Tensor:
         self._model.eval()
         return torch.cat([self._model(part) for part in x.split(_QUERY_BATCH)])
+
+
+def _channels_last(x: Tensor, device: torch.device) -> Tensor:
+    """On the device, the channels of a pixel side by side: convolutions are fastest on that."""
+    return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -174,23 +174,23 @@ def _line(name: str, title: str, record: RunRecord | None) -> str:
 
 def _comparison(found: Mapping[str, RunRecord]) -> list[str]:
     if not all(name in found for name in RECIPES):
-        return ["The comparison appears here once both have been run."]
+        return ["The comparison in words appears here once both have been run."]
     paper, cycle = (found[name] for name in RECIPES)
     one, other = paper.extra["accuracy"], cycle.extra["accuracy"]
     first, second = _best(paper)["lds"]["mean"], _best(cycle)["lds"]["mean"]
-    spreads = [note["highest"] - note["lowest"] for note in (one, other)]
+    larger = second - first > max(_spread(paper), _spread(cycle))
     return [
-        f"As documented, networks trained on half of the images are right on {one['mean']:.1%} of the queries, where the "
-        f"larger class has {one['guessing']:.1%}, and differ by {100 * spreads[0]:.1f} points between the worst and the "
-        f"best; after one cycle they are right on {other['mean']:.1%} and differ by {100 * spreads[1]:.1f} points. The "
-        f"best LDS goes from {first:.3f} to {second:.3f} with the same methods on the same images: what the networks "
-        f"learned "
-        + (
-            "decides more than the compression does."
-            if second - first > _spread(cycle)
-            else "matters less than it seems."
-        )
+        f"As documented, networks trained on half of the images are right on {one['mean']:.1%} of the queries "
+        f"(the larger class has {one['guessing']:.1%}), and the best and the worst are {_points(one)} points apart. "
+        f"After one cycle they are right on {other['mean']:.1%}, {_points(other)} points apart. The best LDS goes from "
+        f"{first:.3f} to {second:.3f} on the same images; between the compressions of one run it differs by at most "
+        f"{max(_spread(paper), _spread(cycle)):.3f}."
+        + (" How the networks were trained matters more than how gradients are compressed." if larger else "")
     ]
+
+
+def _points(accuracy: Mapping[str, Any]) -> str:
+    return f"{100 * (accuracy['highest'] - accuracy['lowest']):.1f}"
 
 
 def _spread(record: RunRecord) -> float:

@@ -50,7 +50,7 @@ class Photos:
         kind: ``embedded``; ``official``; ``recompressed`` where the images went through JPEG; ``substitute`` where a
             file has not the cats and dogs of CIFAR-10 in their numbers.
         rows: Images used, training and queries together.
-        sha256: Of pixels and labels, wherever they were read from.
+        sha256: Of the pixels that networks see and the labels, wherever they were read from.
     """
 
     train_x: Tensor
@@ -96,9 +96,12 @@ def load_cifar2(scale: str, data: str = "") -> Photos:
     check_choice(scale, data)
     n_train, n_query = SIZES[scale]
     if scale == "embedded":
-        source: Any = elpv if data == "elpv" else tiles
-        parts = elpv.load_elpv(n_train, n_query) if data == "elpv" else tiles.load_tiles(n_train, n_query)
-        return _photos(parts, source.CLASSES, source.SOURCE, source.CREDIT, "embedded")
+        if data == "elpv":
+            return _photos(elpv.load_elpv(n_train, n_query), elpv.CLASSES, elpv.SOURCE, elpv.CREDIT, "embedded")
+        train_tiles, train_y, query_tiles, query_y = tiles.load_tiles(n_train, n_query)
+        seen = (tiles.without_colour(train_tiles), train_y, tiles.without_colour(query_tiles), query_y)
+        shown = (train_tiles, query_tiles)
+        return _photos(seen, tiles.CLASSES, tiles.SOURCE, tiles.CREDIT, "embedded", shown)
     folder = grass_data()
     train, query = _paper_split(folder, "train", n_train), _paper_split(folder, "test", n_query)
     kind, source = "official", f"{HUB} on the hub"
@@ -160,18 +163,28 @@ def data_fingerprint(scale: str, data: str = "") -> str:
     return digest.hexdigest()
 
 
-def _photos(parts: tuple[np.ndarray, ...], classes: tuple[str, str], source: str, credit: str, kind: str) -> Photos:
+def _photos(
+    parts: tuple[np.ndarray, ...],
+    classes: tuple[str, str],
+    source: str,
+    credit: str,
+    kind: str,
+    shown: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Photos:
+    """Photos of what networks see, ``parts``, and of what readers see where that is something else, ``shown``."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(part, dtype=np.uint8).tobytes())
     train_images, train_labels, query_images, query_labels = (torch.from_numpy(part.copy()) for part in parts)
+    for_readers = (train_images, query_images) if shown is None else (torch.from_numpy(part.copy()) for part in shown)
+    train_shown, query_shown = for_readers
     return Photos(
         train_x=_normalised(train_images),
         train_y=train_labels,
         query_x=_normalised(query_images),
         query_y=query_labels,
-        train_images=train_images,
-        query_images=query_images,
+        train_images=train_shown,
+        query_images=query_shown,
         classes=classes,
         source=source,
         credit=credit,
