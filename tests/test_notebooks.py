@@ -18,6 +18,13 @@ ROOT = Path(__file__).parents[1]
 # Small, but with every cell of the notebook doing its work.
 SMALL = {
     "mlp_mnist": ["specs=sjlt-64,random_mask-256->sjlt-64", "n_lds_models=12", "n_trak_models=1", "gallery=1"],
+    "resnet9_cifar2": [
+        "specs=sjlt-16,random_mask-64->sjlt-16,selective_mask-16",
+        "masks=energy",
+        "n_lds_models=6",
+        "n_trak_models=1",
+        "gallery=1",
+    ],
     "gpt2_wikitext": ["specs=normal-4*4->identity,random_mask-8*8->sjlt-16", "n_lds_models=4", "gallery=1"],
 }
 

@@ -96,11 +96,12 @@ class GroupTrainer:
         self._device = torch.device(resolve_device(device))
         self._recipe, self._sizes = recipe, sizes
         self._target: Target = target
-        self._train_x = _channels_last(data.train_x, self._device)
-        self._query_x = _channels_last(data.query_x, self._device)
+        layout = _layout(self._device)
+        self._train_x = data.train_x.to(self._device).contiguous(memory_format=layout)
+        self._query_x = data.query_x.to(self._device).contiguous(memory_format=layout)
         self._train_y, self._query_y = data.train_y.to(self._device), data.query_y.to(self._device)
         self._model = ResNet9(sizes).to(self._device)
-        self._model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         self._step = SGDStep(self._model, momentum=recipe.momentum)
 
     def __call__(self, subsets: Tensor, members: Sequence[Member]) -> TrainedGroup:
@@ -148,9 +149,13 @@ class GroupTrainer:
         return torch.cat([self._model(part) for part in x.split(_QUERY_BATCH)])
 
 
-def _channels_last(x: Tensor, device: torch.device) -> Tensor:
-    """On the device, the channels of a pixel side by side: convolutions are fastest on that."""
-    return x.to(device).contiguous(memory_format=torch.channels_last)
+def _layout(device: torch.device) -> torch.memory_format:
+    """How images and weights lie in memory.
+
+    A GPU is fastest where the channels of a pixel lie side by side. On a CPU that saves a tenth of the time, and
+    oneDNN, as it comes with PyTorch 2.13, then writes out of bounds for models of 2 or 3 channels.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 @contextmanager

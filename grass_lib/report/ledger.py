@@ -25,8 +25,8 @@ METRIC_TITLES = {
     "projection_seconds": "projection time (s)",
     THROUGHPUT: "throughput, % faster than LoGra",
 }
-#: Parameters that choose other data or another model than the paper's, quoted in reasons.
-CHOICES = ("data", "base")
+#: Parameters that choose other data, another model or another training than the paper's, quoted in reasons.
+CHOICES = ("data", "base", "recipe", "masks")
 FIELDS = (
     "experiment",
     "attributor",
@@ -177,6 +177,8 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
         detail += ", a subset of the paper's data"
     if item.record.data["kind"] == "recompressed":
         detail += ", the paper's images compressed once more"
+    if item.record.parameters.get("recipe"):
+        detail += f", recipe={item.record.parameters['recipe']}"
     if item.substitute:
         return (
             "not comparable",

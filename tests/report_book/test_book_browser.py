@@ -19,6 +19,8 @@ PAGES = (
     "book/reproduce",
     "book/executed/mlp_mnist_embedded",
     "book/executed/mlp_mnist_paper",
+    "book/executed/resnet9_cifar2_embedded",
+    "book/executed/resnet9_cifar2_paper",
     "book/executed/gpt2_wikitext_embedded",
     "book/executed/gpt2_wikitext_paper",
     "book/pairs",
