@@ -135,7 +135,7 @@ class GroupTrainer:
 
     def _train(self, subset: Tensor, member: Member) -> None:
         recipe, size = self._recipe, len(subset)
-        load_state(self._model, initial_state(self._sizes, member.stream("init")))
+        load_state(self._model, initial_state(self._sizes, member.stream("init"), self._device))
         self._model.train()
         self._step.restart()
         orders = epoch_orders(member.stream("order"), size, range(recipe.epochs), self._device)

@@ -101,6 +101,13 @@ def test_initial_weights_are_distributed_as_pytorch_draws_them():
     assert not torch.equal(state["stem.weight"], initial_state(sizes, Stream(1, "a", "init"))["stem.weight"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_initial_weights_are_the_same_bits_on_a_gpu():
+    here, there = (initial_state(ResNet9Sizes(width=8), Stream(0, "a", "init"), device) for device in ("cpu", "cuda"))
+    assert all(torch.equal(value, there[name].cpu()) for name, value in here.items())
+
+
 def test_states_are_copied_in_place_and_checked():
     model = ResNet9(SMALL)
     before = [parameter.data_ptr() for parameter in model.parameters()]
@@ -173,12 +180,12 @@ def test_a_model_depends_on_its_streams_alone(device, photos):
     assert not torch.allclose(repeat.outputs[0], together.outputs[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_devices_give_the_same_models_up_to_rounding(photos):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     members, subsets = [Member(0, "lds", 0)], torch.arange(15)[None]
     outputs = [GroupTrainer(photos, RECIPE, SMALL, device=d)(subsets, members).outputs for d in ("cpu", "cuda")]
-    torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(*outputs, rtol=0.1, atol=0.1)
 
 
 def test_training_uses_the_subset_and_fits_it(photos):

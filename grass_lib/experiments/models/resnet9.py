@@ -93,7 +93,7 @@ class ResNet9(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
-def initial_state(sizes: ResNet9Sizes, stream: Stream) -> dict[str, Tensor]:
+def initial_state(sizes: ResNet9Sizes, stream: Stream, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """An initial state dict from a stream, distributed as PyTorch draws it.
 
     Weights of convolutions, weights and biases of the linear layer: uniform within 1 / sqrt(fan_in). Batch
@@ -102,9 +102,10 @@ def initial_state(sizes: ResNet9Sizes, stream: Stream) -> dict[str, Tensor]:
     Args:
         sizes: Of the model.
         stream: The model's own stream.
+        device: Where to compute; None is the CPU. The numbers are the same, bit by bit.
 
     Returns:
-        A state dict of :class:`ResNet9`, computed on the CPU so that every device starts from the same numbers.
+        A state dict of :class:`ResNet9` on that device.
     """
     state: dict[str, Tensor] = {}
     offset = 0
@@ -112,12 +113,12 @@ def initial_state(sizes: ResNet9Sizes, stream: Stream) -> dict[str, Tensor]:
         modules = dict(ResNet9(sizes).named_modules())
     for name, module in modules.items():
         if isinstance(module, nn.BatchNorm2d):
-            fresh = nn.BatchNorm2d(module.num_features)
+            fresh = nn.BatchNorm2d(module.num_features, device=device or "cpu")
             state.update({f"{name}.{key}": value.detach() for key, value in fresh.state_dict().items()})
         elif isinstance(module, nn.Conv2d | nn.Linear):
             bound = module.weight[0].numel() ** -0.5
             for key, parameter in module.named_parameters():
-                values = stream.uniform(tuple(parameter.shape), offset=offset)
+                values = stream.uniform(tuple(parameter.shape), offset=offset, device=device)
                 state[f"{name}.{key}"] = values.mul_(2.0).sub_(1.0).mul_(bound)
                 offset += values.numel()
     return state
