@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("png", "svg", "pdf")
 # Of the lines of one method, in the order of their masks.
-_STYLES = ("-", "-.", ":")
+_STYLES: tuple[Any, ...] = ("-", "-.", ":", (0, (6, 2)))
 # Nothing that changes from one day or version to the next goes into the files.
 _METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},

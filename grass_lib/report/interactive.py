@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _CLEAR = "rgba(0,0,0,0)"
 _GRID = "rgba(122,122,122,0.25)"
 _AXES_FROM = 0.38
+# Of the lines of one method, in the order of their masks.
+_DASHES = ("solid", "dashdot", "dot", "longdash")
 
 
 def _figure(y_title: str, height: int = 520) -> go.Figure:
@@ -67,7 +69,7 @@ def _measured_trace(name: str, label: str, rows: list[Row], turn: int = 0) -> di
         "name": label,
         "x": [row["k"] for row in rows],
         "y": means,
-        "line": {"color": style.colour, "width": 2, "dash": "dashdot" if turn else "solid"},
+        "line": {"color": style.colour, "width": 2, "dash": _DASHES[turn % len(_DASHES)]},
         "marker": {"symbol": style.symbol, "size": 10, "color": style.colour},
         "error_y": {
             "type": "data",
