@@ -29,6 +29,13 @@ SMALL = {
         "n_trak_models=1",
         "gallery=2",
     ],
+    "resnet9_cifar2": [
+        "specs=sjlt-16,random_mask-64->sjlt-16,selective_mask-16",
+        "masks=energy",
+        "n_lds_models=6",
+        "n_trak_models=1",
+        "gallery=1",
+    ],
 }
 
 

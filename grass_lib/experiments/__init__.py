@@ -43,6 +43,18 @@ def _mlp_masks_validate(scale: str, parameters: Mapping[str, Any]) -> None:
     import_module("grass_lib.experiments.mlp_masks").validate(scale, parameters)
 
 
+def _resnet9_cifar2_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.resnet9_cifar2").data_fingerprint(scale)
+
+
+def _resnet9_cifar2_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.resnet9_cifar2").check(scale)
+
+
+def _resnet9_cifar2_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.resnet9_cifar2").validate(scale, parameters)
+
+
 def _gpt2_wikitext_fingerprint(scale: str) -> str:
     return import_module("grass_lib.experiments.gpt2_wikitext").data_fingerprint(scale)
 
@@ -92,6 +104,32 @@ EXPERIMENTS: dict[str, Experiment] = {
         data_fingerprint=_mlp_mnist_fingerprint,
         check=_mlp_mnist_check,
         validate=_mlp_mnist_validate,
+    ),
+    "resnet9_cifar2": Experiment(
+        name="resnet9_cifar2",
+        title="ResNet-9 + CIFAR-2",
+        notebook="resnet9_cifar2.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.masks",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.resnet9_cifar2",
+            "grass_lib.experiments.resnet9_masks",
+            "grass_lib.experiments.resnet9_protocol",
+            "grass_lib.experiments.resnet9_trainer",
+            "grass_lib.experiments.sgd_step",
+            "grass_lib.experiments.mlp_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.models.resnet9",
+            "grass_lib.experiments.data.cifar2",
+            "grass_lib.experiments.data.elpv",
+            "grass_lib.experiments.data.tiles",
+            "grass_lib.experiments.data.sources",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_resnet9_cifar2_fingerprint,
+        check=_resnet9_cifar2_check,
+        validate=_resnet9_cifar2_validate,
     ),
     "musictransformer_maestro": Experiment(
         name="musictransformer_maestro",
