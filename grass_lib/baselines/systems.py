@@ -24,15 +24,19 @@ class Options:
     Attributes:
         dampings: Relative to the mean eigenvalue of each layer's curvature; empty for the library's own default.
         keep_matrices: Whether the projection matrices come back.
+        few: Work on the first so many training sequences, and as many queries at most; 0 for all.
     """
 
     dampings: tuple[float, ...] = ()
     keep_matrices: bool = False
+    few: int = 0
     system: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if any(not 0.0 < value < math.inf for value in self.dampings):
             raise UsageError(f"dampings is {self.dampings}; expected finite numbers above 0")
+        if self.few < 0:
+            raise UsageError(f"few is {self.few}; expected 0 (all) or a number of sequences")
         self.check()
 
     def check(self) -> None:

@@ -39,11 +39,10 @@ def run(folder: Path) -> None:
         if workload.device.startswith("cuda"):
             torch.cuda.empty_cache()
     if wants_facts:
-        few = replace(
-            workload, train_ids=workload.train_ids[:_FACT_SAMPLES], query_ids=workload.query_ids[:2], batch_size=4
-        )
+        few = replace(workload.first(_FACT_SAMPLES), query_ids=workload.query_ids[:2], batch_size=4)
         home = folder / "work-facts"
-        home.mkdir(exist_ok=True)
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
         (folder / "facts.json").write_text(json.dumps(facts_of(module, few, home), indent=1), encoding="utf-8")
         shutil.rmtree(home, ignore_errors=True)
 
@@ -51,6 +50,7 @@ def run(folder: Path) -> None:
 def _one(build: type[Adapter], system: str, workload: Workload, options: Options, home: Path) -> Outcome:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
+    workload = workload.first(options.few)
     adapter = build(workload, options, home)
     if workload.warm_up:
         adapter.warm_up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -82,6 +82,12 @@ class Workload:
             raise UsageError(
                 f"batch_size is {self.batch_size} and warm_up {self.warm_up}; expected 1 or more, and 0 or more"
             )
+
+    def first(self, few: int) -> Workload:
+        """The first so many training sequences, and as many queries at most; itself for 0."""
+        if not few:
+            return self
+        return replace(self, train_ids=self.train_ids[:few], query_ids=self.query_ids[:few])
 
     @property
     def tokens(self) -> int:
