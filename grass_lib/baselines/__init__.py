@@ -1,8 +1,8 @@
 """Other attribution systems on the same work as this library: LogIX, dattri, bergson and kronfluence.
 
-Each runs in a process of its own, with the packages of ``.venv-baselines`` (``make baselines``), and answers with files:
-this environment never holds them. One adapter per system, with one small interface: `cache`, `attribute`, seconds by
-phase, peak memory, bytes stored.
+Each runs in a process of its own, with the packages of ``.venv-baselines`` (``make baselines``), and answers with
+files: this environment never holds them. One adapter per system, with one small interface: `cache`, `attribute`,
+seconds by phase, peak memory, bytes stored.
 """
 
 from grass_lib.baselines.environment import baseline_versions, baselines_python, baselines_stamp, missing_baselines
@@ -26,8 +26,8 @@ __all__ = [
     "LogIXOptions",
     "ModelShape",
     "Options",
-    "Outcome",
     "OursOptions",
+    "Outcome",
     "Workload",
     "baseline_versions",
     "baselines_python",

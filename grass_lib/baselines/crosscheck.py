@@ -97,7 +97,9 @@ def checks(system: str, k: int = 16) -> list[Check]:
                 inverse,
             ),
             Check(
-                DattriOptions(method="trak", k=0, layer=f"{TRAK_LAYER}.weight,{TRAK_LAYER}.bias", dampings=(DAMPING,), few=FEW),
+                DattriOptions(
+                    method="trak", k=0, layer=f"{TRAK_LAYER}.weight,{TRAK_LAYER}.bias", dampings=(DAMPING,), few=FEW
+                ),
                 "TRAK, paper's convention, same weights",
                 _trak,
                 "a float32 solve where ours is in float64",
@@ -199,9 +201,7 @@ def correlations(scores: Sequence[Tensor]) -> Tensor:
         scores: ``(n_train, n_query)`` each.
     """
     ranks = [_ranks(each) for each in scores]
-    return torch.tensor(
-        [[float(_product(one, other).mean()) for other in ranks] for one in ranks], dtype=torch.float64
-    )
+    return torch.tensor([[float(_product(one, other).mean()) for other in ranks] for one in ranks], dtype=torch.float64)
 
 
 def _loader(workload: Workload, ids: Tensor) -> list[dict[str, Tensor]]:
@@ -242,7 +242,7 @@ def _ekfac(workload: Workload, matrices: Mapping[str, Tensor]) -> Tensor:
 
 
 def _trak(workload: Workload, matrices: Mapping[str, Tensor]) -> Tensor:
-    """dattri divides gradients by the root of all weights' number, we by that of the chosen ones: the damping follows."""
+    """Ours divides gradients by the root of the chosen weights' number, dattri by that of all; the damping follows."""
     model, _ = _model(workload)
     trak = TRAK(
         model,

@@ -13,6 +13,8 @@ from grass_lib.project import package_folder, project_root
 
 FOLDER = ".venv-baselines"
 VARIABLE = "GRASS_BASELINES"
+PATHS = "GRASS_BASELINES_PATH"
+"""Folders in which a worker's Python looks for the systems too, where they are not in its own venv."""
 REMEDY = "run `make baselines` (2 to 4 minutes, 2.2 GB)"
 _ASK = """
 import importlib.metadata, json, sys
@@ -27,7 +29,7 @@ print(json.dumps(found))
 
 
 def baselines_folder() -> Path:
-    """The venv of the other systems: the one that ``GRASS_BASELINES`` names, else ``.venv-baselines`` in the project."""
+    """The venv of the other systems: what ``GRASS_BASELINES`` names, else ``.venv-baselines`` in the project."""
     named = os.environ.get(VARIABLE)
     return Path(named).expanduser() if named else project_root() / FOLDER
 
@@ -60,9 +62,12 @@ def baselines_python() -> Path:
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment variables of a worker: this library is importable there, nothing of ours leaks in, nothing downloads."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    kept["PYTHONPATH"] = str(package_folder().parent)
+    """Environment variables of a worker: this library is importable, nothing else of ours is, nothing downloads."""
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
+    paths = [str(package_folder().parent), os.environ.get(PATHS, "")]
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         kept.setdefault(name, "1")
     kept.setdefault("OMP_WAIT_POLICY", "passive")

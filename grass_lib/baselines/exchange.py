@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from grass_lib.errors import BaselineError
 JOB, TENSORS, WEIGHTS = "job.json", "data.safetensors", "weights.safetensors"
 
 
-def write_job(folder: Path, system: str, workload: Workload, options: Sequence[Options], facts: bool) -> None:
+def write_job(folder: Path, system: str, workload: Workload, options: Sequence[Options], facts: bool) -> str:
     """Puts the work of one system into a folder.
 
     Args:
@@ -28,9 +29,16 @@ def write_job(folder: Path, system: str, workload: Workload, options: Sequence[O
         workload: What it works on.
         options: One set after the other.
         facts: Whether it is asked for its facts too.
+
+    Returns:
+        SHA-256 of all of it.
     """
-    save_file({"train_ids": workload.train_ids.contiguous(), "query_ids": workload.query_ids.contiguous()}, folder / TENSORS)
-    if workload.weights is not None:
+    save_file(
+        {"train_ids": workload.train_ids.contiguous(), "query_ids": workload.query_ids.contiguous()}, folder / TENSORS
+    )
+    if workload.weights is None:
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    else:
         save_file({name: value.contiguous() for name, value in workload.weights.items()}, folder / WEIGHTS)
     job = {
         "system": system,
@@ -42,6 +50,11 @@ def write_job(folder: Path, system: str, workload: Workload, options: Sequence[O
         "facts": facts,
     }
     (folder / JOB).write_text(json.dumps(job, indent=1), encoding="utf-8")
+    digest = hashlib.sha256((folder / JOB).read_bytes())
+    for name in (TENSORS, *([] if workload.weights is None else [WEIGHTS])):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_job(folder: Path) -> tuple[str, Workload, list[Options], bool]:
@@ -100,7 +113,7 @@ def read_outcome(folder: Path, place: int) -> Outcome:
         head: dict[str, Any] = json.loads((folder / f"outcome-{place}.json").read_text(encoding="utf-8"))
         tensors: dict[str, Tensor] = load_file(folder / f"outcome-{place}.safetensors")
     except (OSError, ValueError) as error:
-        raise BaselineError(f"answer {place} of the worker cannot be read ({error}); see its log in the folder") from error
+        raise BaselineError(f"answer {place} of the worker cannot be read ({error}); see log.txt beside it") from error
     scores = tensors.pop("scores", None)
     given = {name.removeprefix("tensor:"): value for name, value in tensors.items()}
     return Outcome(**{**head, "dampings": tuple(head["dampings"])}, scores=scores, tensors=given)

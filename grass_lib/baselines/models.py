@@ -49,12 +49,12 @@ def linear_layers(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
             continue
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor)
+        layer: Any = module
+        weight, bias = layer.weight, layer.bias
         linear = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None)
         with torch.no_grad():
             linear.weight.copy_(weight.mT)
-            if isinstance(bias, Tensor):
+            if bias is not None:
                 linear.bias.copy_(bias)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, linear)
@@ -76,12 +76,13 @@ def _random_llama(shape: ModelShape, device: str) -> Any:
     """Made on the device in its own type: 8 billion float32 weights on the host would take 32 GB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    options: dict[str, Any] = {**shape.sizes, "use_cache": False}
     before = torch.get_default_dtype()
     torch.manual_seed(shape.seed)
     torch.set_default_dtype(getattr(torch, shape.dtype))
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**dict(shape.sizes), use_cache=False))
+            model = LlamaForCausalLM(LlamaConfig(**options))
     finally:
         torch.set_default_dtype(before)
     return model.eval()

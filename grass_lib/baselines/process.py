@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 from grass_lib.baselines.environment import baselines_python, worker_environment
@@ -16,8 +18,9 @@ from grass_lib.baselines.exchange import read_outcome, write_job
 from grass_lib.baselines.systems import SYSTEMS, Options
 from grass_lib.baselines.workload import Outcome, Workload
 from grass_lib.errors import BaselineError, UsageError
+from grass_lib.project import package_folder
 
-LOG, FACTS = "log.txt", "facts.json"
+LOG, FACTS, DONE = "log.txt", "facts.json", "done.txt"
 _TAIL = 12
 
 
@@ -37,7 +40,8 @@ def run_system(
         system: Key of ``SYSTEMS``.
         workload: What it works on.
         options: Of the system's own class.
-        folder: Where the exchange happens and the log stays; None for a temporary one.
+        folder: Where the exchange happens and the log stays; answers that are there already, of the same work and
+            source, are used again. None for a temporary one.
         timeout: Seconds after which the process is killed.
         python: Another Python than that of ``.venv-baselines``; it needs the system's package.
         facts: Whether the system's facts are checked too; they come with the first outcome's details as ``facts``.
@@ -59,17 +63,29 @@ def run_system(
     with place as name:
         home = Path(name).resolve()
         home.mkdir(parents=True, exist_ok=True)
-        for old in (*home.glob("outcome-*"), home / FACTS):
-            old.unlink(missing_ok=True)
-        write_job(home, system, workload, options, facts)
-        code = _execute([str(runner), "-m", "grass_lib.baselines.worker", str(home)], home, timeout)
-        if code != 0:
-            raise BaselineError(_story(SYSTEMS[system].title, code, timeout, home / LOG, kept=folder is not None))
+        digest = write_job(home, system, workload, options, facts) + package_digest()
+        done = home / DONE
+        if not (done.is_file() and done.read_text(encoding="utf-8") == digest):
+            for old in (*home.glob("outcome-*"), home / FACTS, done):
+                old.unlink(missing_ok=True)
+            code = _execute([str(runner), "-m", "grass_lib.baselines.worker", str(home)], home, timeout)
+            if code != 0:
+                raise BaselineError(_story(SYSTEMS[system].title, code, timeout, home / LOG, kept=folder is not None))
+            done.write_text(digest, encoding="utf-8")
         found = [read_outcome(home, number) for number in range(len(options))]
         if facts and found:
             seen = json.loads((home / FACTS).read_text(encoding="utf-8"))
             found[0] = Outcome(**{**vars(found[0]), "details": {**found[0].details, "facts": seen}})
         return found
+
+
+@cache
+def package_digest() -> str:
+    """SHA-256 of this library's source: answers of another version are not used again."""
+    digest, package = hashlib.sha256(), package_folder()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _execute(command: list[str], home: Path, timeout: float) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,9 +24,9 @@ def ekfac_scores(
 ) -> Tensor:
     """Scores ``g^T (Q_A x Q_S) (L + damping * mean(L) I)^-1 (Q_A x Q_S)^T h`` summed over layers.
 
-    ``Q_A`` and ``Q_S`` are the eigenvectors of the second moments of a layer's inputs (with a 1 for the bias) and of the
-    gradients at its outputs over all tokens; ``L`` are the second moments of a sample's gradient in that basis (George
-    et al. 2018). Labels are those of the data.
+    ``Q_A`` and ``Q_S`` are the eigenvectors of the second moments of a layer's inputs (with a 1 for the bias) and of
+    the gradients at its outputs over all tokens; ``L`` are the second moments of a sample's gradient in that basis
+    (George et al. 2018). Labels are those of the data.
 
     Args:
         model: Linear layers of ``torch.nn.Linear``; a float64 copy is made.
@@ -52,9 +53,7 @@ def ekfac_scores(
     return total
 
 
-def _shortened(
-    name: str, sides: tuple[Tensor, Tensor], matrices: Mapping[str, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _shortened(name: str, sides: tuple[Tensor, Tensor], matrices: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
     if matrices is None:
         return sides
     return sides[0] @ matrices[f"{name}/output"].double(), sides[1] @ matrices[f"{name}/input"].double()
@@ -62,8 +61,6 @@ def _shortened(
 
 def _sides(model: nn.Module, layers: Sequence[str], ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each layer, gradients at its output ``(n, T, d_out)`` and its inputs ``(n, T, d_in + bias)``."""
-    import copy
-
     exact = copy.deepcopy(model).double().cpu()
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}

@@ -233,7 +233,11 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
             "dattri", "dattri", DattriOptions, "grass_lib.baselines.adapters.dattri", "github.com/TRAIS-Lab/dattri"
         ),
         "bergson": System(
-            "bergson", "bergson", BergsonOptions, "grass_lib.baselines.adapters.bergson", "github.com/EleutherAI/bergson"
+            "bergson",
+            "bergson",
+            BergsonOptions,
+            "grass_lib.baselines.adapters.bergson",
+            "github.com/EleutherAI/bergson",
         ),
         "kronfluence": System(
             "kronfluence",

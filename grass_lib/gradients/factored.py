@@ -25,7 +25,7 @@ from grass_lib.specs import CompressionSpec, StageSpec
 
 LayerMasks: TypeAlias = Mapping[str, Mask | str | Path]
 LayerMatrices: TypeAlias = Mapping[str, Tensor]
-"""``{"layer/output": (d_out, k1), "layer/input": (d_in, k2), "layer": (k1 * k2, k)}``; the product is ``x @ matrix``."""
+"""``{"layer/output": (d_out, k1), "layer/input": (d_in, k2), "layer": (k1 * k2, k)}``, applied as ``x @ matrix``."""
 
 
 class FactoredGradients:

@@ -63,7 +63,9 @@ def given_side(stage: StageSpec, place: int, d: int, matrix: Tensor, *, name: st
     """
     k = stage.dims[place]
     if matrix.shape != (d, k):
-        raise UsageError(f"the matrix for {name!r} has shape {tuple(matrix.shape)}; expected ({d}, {k}), as {stage} says")
+        raise UsageError(
+            f"the matrix for {name!r} has shape {tuple(matrix.shape)}; expected ({d}, {k}), as {stage} says"
+        )
     return Side(d, k, matrix=matrix.contiguous())
 
 

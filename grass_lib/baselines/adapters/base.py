@@ -51,7 +51,7 @@ class Adapter(ABC):
     def attribute(self) -> Tensor:
         """Scores ``(n_damping, n_train, n_query)``, higher where training on the sample helps the query."""
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> None:  # noqa: B027
         """Does what `cache` does on a few batches, where that leaves no trace; nothing where it would."""
 
     @property

@@ -55,9 +55,7 @@ class BergsonAdapter(Adapter):
         bergson = importlib.import_module("bergson")
         config = self._config(name)
         data, batches = self._data(ids)
-        bergson.collect_gradients(
-            model=self.model, data=data, processor=self._processor(), cfg=config, batches=batches
-        )
+        bergson.collect_gradients(model=self.model, data=data, processor=self._processor(), cfg=config, batches=batches)
         return config.partial_run_path
 
     def warm_up(self) -> None:

@@ -256,8 +256,8 @@ def _padding(workload: Workload, folder: Path) -> dict[str, Any]:
         "what": "one sequence alone, and beside three with most labels ignored (-100)",
         "expected": "the same gradient",
         "seen": f"{change:.0%} of its norm apart",
-        "why": "gradients of a mean over the batch's tokens are multiplied by the batch size, which is right only where "
-        "all sequences have equally many",
+        "why": "gradients of a mean over the batch's tokens are multiplied by the batch size, which is right only "
+        "where all sequences have equally many",
     }
 
 
@@ -266,8 +266,8 @@ def _shared(workload: Workload, folder: Path) -> dict[str, Any]:
     first, second = (adapter._trak() for adapter in adapters)
     return {
         "what": "a TRAKAttributor with proj_dim 8, then another one with 16",
-        "expected": "8 in the first",
-        "seen": f"{first.projector_kwargs['proj_dim']} in the first, {second.projector_kwargs['proj_dim']} in the second",
+        "expected": "8 and 16",
+        "seen": " and ".join(str(each.projector_kwargs["proj_dim"]) for each in (first, second)),
         "why": "both update one dictionary of the module",
     }
 

@@ -83,8 +83,8 @@ class KronfluenceAdapter(Adapter):
         arguments = importlib.import_module("kronfluence.arguments")
         if self.options.dampings and self.options.dampings[0] != 0.1:
             raise BaselineError(
-                f"kronfluence has one relative damping, 0.1, and was given {self.options.dampings[0]}; leave it out for "
-                f"its absolute default of {DEFAULT_DAMPING}"
+                f"kronfluence has one relative damping, 0.1, and was given {self.options.dampings[0]}; leave it out "
+                f"for its absolute default of {DEFAULT_DAMPING}"
             )
         damping = None if self.options.dampings else DEFAULT_DAMPING
         with self.phases("scoring"):

@@ -310,8 +310,8 @@ def _bfloat16(workload: Workload, folder: Path) -> dict[str, Any]:
         "what": "logging the gradients of a bfloat16 model, and again with the adapters cast to bfloat16",
         "expected": "bfloat16 rows",
         "seen": "; then ".join(seen),
-        "why": "adapters are made in torch's default type, and rows pass through NumPy, which has no bfloat16; here the "
-        "default type is that of the model, and log_dtype float16 or float32",
+        "why": "adapters are made in torch's default type, and rows pass through NumPy, which has no bfloat16; here "
+        "the default type is that of the model, and log_dtype float16 or float32",
     }
 
 
