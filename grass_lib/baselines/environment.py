@@ -61,8 +61,12 @@ def baselines_python() -> Path:
     return baselines_folder() / "bin" / "python"
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment variables of a worker: this library is importable, nothing else of ours is, nothing downloads."""
+def worker_environment(device: str = "cuda") -> dict[str, str]:
+    """Environment variables of a worker: this library is importable, nothing else of ours is, nothing downloads.
+
+    Args:
+        device: On a CPU nothing is compiled: dattri's compression asks for it, and a machine may have no compiler.
+    """
     kept = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     }
@@ -70,6 +74,8 @@ def worker_environment() -> dict[str, str]:
     kept["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         kept.setdefault(name, "1")
+    if not device.startswith("cuda"):
+        kept.setdefault("TORCHDYNAMO_DISABLE", "1")
     kept.setdefault("OMP_WAIT_POLICY", "passive")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept

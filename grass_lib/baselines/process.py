@@ -68,7 +68,8 @@ def run_system(
         if not (done.is_file() and done.read_text(encoding="utf-8") == digest):
             for old in (*home.glob("outcome-*"), home / FACTS, done):
                 old.unlink(missing_ok=True)
-            code = _execute([str(runner), "-m", "grass_lib.baselines.worker", str(home)], home, timeout)
+            command = [str(runner), "-m", "grass_lib.baselines.worker", str(home)]
+            code = _execute(command, home, timeout, workload.device)
             if code != 0:
                 raise BaselineError(_story(SYSTEMS[system].title, code, timeout, home / LOG, kept=folder is not None))
             done.write_text(digest, encoding="utf-8")
@@ -88,13 +89,13 @@ def package_digest() -> str:
     return digest.hexdigest()
 
 
-def _execute(command: list[str], home: Path, timeout: float) -> int | None:
+def _execute(command: list[str], home: Path, timeout: float, device: str) -> int | None:
     """Exit code of a worker; None where it was stopped for taking too long. Its children go with it."""
     with (home / LOG).open("wb") as log:
         process = subprocess.Popen(
             command,
             cwd=home,
-            env=worker_environment(),
+            env=worker_environment(device),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

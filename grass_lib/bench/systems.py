@@ -1,8 +1,8 @@
 """`grass bench systems`: tokens per second, memory and bytes stored of every system on one model's shape, one device.
 
 Random weights and random tokens: throughput does not depend on them. The other systems need `make baselines` with a
-build of torch for the device; a machine that has no such venv takes a Python that finds them (``--python``). Without the
-command line's packages: ``python -m grass_lib.bench.systems --shape tiny --device cpu``.
+build of torch for the device; a machine that has no such venv takes a Python that finds them (``--python``). Without
+the command line's packages: ``python -m grass_lib.bench.systems --shape tiny --device cpu``.
 """
 
 from __future__ import annotations
