@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -252,9 +253,11 @@ def _trak(workload: Workload, matrices: Mapping[str, Tensor]) -> Tensor:
         parameters=lambda name, _: name.startswith(TRAK_LAYER),
         progress=False,
     )
-    trak.cache(_loader(workload, workload.train_ids))
-    everything = sum(own.numel() for own in model.parameters())
-    scores = trak.attribute(_loader(workload, workload.query_ids), damping=DAMPING * everything / trak.p)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule")  # attention on a CPU, one sample at a time
+        trak.cache(_loader(workload, workload.train_ids))
+        everything = sum(own.numel() for own in model.parameters())
+        scores = trak.attribute(_loader(workload, workload.query_ids), damping=DAMPING * everything / trak.p)
     if not isinstance(scores, Tensor):
         raise UsageError("TRAK gave scores of several compressions; expected one")
     return scores

@@ -201,7 +201,14 @@ class OursOptions(Options):
     @property
     def label(self) -> str:
         """The system with its options, for tables."""
-        return f"grass_lib {self.spec}, {self.hessian}"
+        spec = CompressionSpec.parse(self.spec)
+        first, second = spec.sparsification, spec.projection
+        name = str(spec)
+        if first.family == "normal" and second.is_identity:
+            name = f"LoGra-{spec.k}"
+        elif first.family == "random_mask" and first.is_factored and second.family == "sjlt":
+            name = f"FactGraSS-{spec.k}" if first.k == 4 * (spec.k or 0) else name
+        return f"grass_lib {name}, {self.hessian}"
 
 
 @dataclass(frozen=True)

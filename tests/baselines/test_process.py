@@ -86,7 +86,9 @@ def test_a_worker_that_hangs_is_stopped_with_its_children(workload, tmp_path):
 
 def test_answers_of_the_same_work_are_used_again(workload, tmp_path):
     home = tmp_path / "home"
-    first = run_system("grass_lib", workload, [OursOptions(spec="normal-4*4->identity")], python=sys.executable, folder=home)
+    first = run_system(
+        "grass_lib", workload, [OursOptions(spec="normal-4*4->identity")], python=sys.executable, folder=home
+    )
     broken = script(tmp_path / "python", "exit 1")
     again = run_system("grass_lib", workload, [OursOptions(spec="normal-4*4->identity")], python=broken, folder=home)
     assert torch.equal(first[0].scores, again[0].scores)
@@ -113,7 +115,10 @@ def test_without_the_venv_the_error_says_what_to_do(monkeypatch, tmp_path, workl
         (lambda: OursOptions(spec="nonsense-3"), "nonsense"),
         (lambda: ModelShape("bert", {}), "gpt2, llama"),
         (lambda: ModelShape("gpt2", {}, "int8"), "float32, bfloat16"),
-        (lambda: Workload(ModelShape("gpt2", {}), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4)), "query_ids"),
+        (
+            lambda: Workload(ModelShape("gpt2", {}), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4)),
+            "query_ids",
+        ),
         (lambda: check_systems("logix,trak"), "'trak'"),
         (lambda: comparison([10], [0.1]), "squares"),
     ],
