@@ -299,7 +299,8 @@ def _claim_row(index: _Index, claim: Mapping[str, Any], registered: Iterable[str
             "data": "substitute",
             "verdict": "reproduced" if found >= published else "differs",
             "reason": f"{found:.0f} % faster than LogIX's LoGra, curvature included, on {bench['device']}, with random "
-            f"weights and tokens, on which throughput does not depend ({bench['command']}, {bench['date']}); {stated_text}",
+            f"weights and tokens, on which throughput does not depend ({bench['command']}, {bench['date']}); "
+            f"{stated_text}",
         }
     if record is None or measured is None or published is None:
         missing = (
