@@ -60,13 +60,19 @@ class Phases:
 
     def _peak(self) -> int | None:
         if self._gpu:
-            return int(torch.cuda.max_memory_allocated())
+            return int(torch.cuda.max_memory_allocated()) + _held_by_graphs()
         try:
             lines = _STATUS.read_text(encoding="ascii").splitlines()
         except OSError:
             return None
         found = [line.split() for line in lines if line.startswith("VmHWM:")]
         return int(found[0][1]) * 1024 if found else None
+
+
+def _held_by_graphs() -> int:
+    """Bytes that recorded steps keep in pools of their own: a replay allocates nothing, but they are needed."""
+    pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    return sum(part["total_size"] - part["allocated_size"] for part in pools)
 
 
 def folder_size(folder: Path) -> int:
