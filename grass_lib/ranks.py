@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from grass_lib.errors import GrassError, UsageError
 
@@ -164,6 +164,16 @@ class Ranks:
             self.meet(what)
         except GrassError as gone:
             raise own if own is not None else gone from gone
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are spread over ranks (FSDP): then all ranks take part in every pass of any of them."""
+    return any(is_distributed(weight) for weight in model.parameters())
+
+
+def is_distributed(value: object) -> bool:
+    """Whether a value is a DTensor; asked by its method, since importing the class takes longer than PyTorch itself."""
+    return hasattr(value, "full_tensor")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import progress_bar, sample_count
 from grass_lib.precision import exact_products
-from grass_lib.ranks import Ranks
+from grass_lib.ranks import Ranks, is_sharded
 from grass_lib.specs import parse_hessian
 from grass_lib.store import Store
 
@@ -84,7 +84,8 @@ class InfluenceFunction:
         """Checks everything that can be checked before data is read.
 
         Args:
-            model: The trained model, on the device where everything is computed; it is left as it is found.
+            model: The trained model, on the device where everything is computed; it is left as it is found. Its weights
+                may be sharded over ``ranks`` (``torch.distributed.fsdp.fully_shard``), without ``compile``.
             loss: ``loss(model, batch) -> (batch,)``, lower is better.
             layers: As in ``find_layers``.
             include_head: As in ``find_layers``.
@@ -218,7 +219,7 @@ class InfluenceFunction:
         whole = self.hessian == "eFIM" and sum(todo) == store.n_shards
         curvature = Curvature(primal_layers(store), self.device, self._dtypes[0]) if whole else None
         with self._ranks.together("caching"):
-            if missing:
+            if missing or is_sharded(self._gradients.model):
                 self._fill(store, curvature, chain([first], batches), size, worker=worker, n_workers=n_workers)
         if curvature is not None:
             with clocked(self.timings, "curvature", self.device):
@@ -238,12 +239,15 @@ class InfluenceFunction:
         """Computes a worker's missing shards."""
         cache = ShardCache(self._gradients, store, curvature)
         self._gradients.compiled_size = size
-        before = self._gradients.timings
+        before, idle = self._gradients.timings, 0
+        if is_sharded(self._gradients.model):
+            passes = cache.passes(size, worker, n_workers)
+            idle = max(self._ranks.tell(passes)) - passes
         with (
             reproducible(self.device, self.deterministic),
             progress_bar(store.n_samples, "gradients", self._progress) as bar,
         ):
-            cache.run(batches, bar, worker=worker, n_workers=n_workers)
+            cache.run(batches, bar, worker=worker, n_workers=n_workers, idle_passes=idle)
         after = self._gradients.timings
         self.timings |= cache.seconds | {name: after[name] - before[name] for name in after}
         self.timings["samples"] = float(cache.samples)

@@ -1,4 +1,4 @@
-"""A program for torchrun: ``rank_program.py FOLDER SPARSIFICATION HESSIAN [KILLED_RANK]``.
+"""A program for torchrun: ``rank_program.py FOLDER SPARSIFICATION HESSIAN [KILLED_RANK|sharded]``.
 
 Influence functions on a Llama of four layers with grouped-query attention, padding and an uneven last batch. Every rank
 writes what it found to ``FOLDER/found-RANK-of-WORLD.safetensors``; a killed one kills itself in its third shard.
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_lib import InfluenceFunction
@@ -33,6 +35,14 @@ def make_model():
         use_cache=False,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def sharded(model, world):
+    """Every layer's weights spread over the ranks."""
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def samples(n, seed):
@@ -61,9 +71,11 @@ class Killed(list):
 def main():
     folder, sparsification, hessian = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
+    extra = sys.argv[4] if len(sys.argv) > 4 else ""
     with started_by_torchrun("cpu") as (ranks, _):
+        model = sharded(make_model(), ranks.world) if extra == "sharded" else make_model()
         influence = InfluenceFunction(
-            make_model(),
+            model,
             causal_loss,
             sparsification=sparsification,
             hessian=hessian,
@@ -74,7 +86,7 @@ def main():
             progress=False,
         )
         train, queries = cut(samples(N, 1), BATCH), cut(samples(QUERIES, 2), 2)
-        if len(sys.argv) > 4 and ranks.rank == int(sys.argv[4]):
+        if extra == str(ranks.rank):
             train = Killed(train)
         influence.cache(train, n_samples=N)  # counting them would end a killed rank
         top = influence.topk(queries, k=8)

@@ -50,14 +50,19 @@ def compare(ranks, alone):
 # 28 layers with 16 features each have fewer than the 37 samples, and with 144 more.
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("world", "sparsification", "hessian"),
-    [(2, "random_mask-4*4", "eFIM"), (3, "random_mask-12*12", "eFIM"), (2, "normal-4*4", "Identity")],
+    ("world", "sparsification", "hessian", "extra"),
+    [
+        (2, "random_mask-4*4", "eFIM", ""),
+        (3, "random_mask-12*12", "eFIM", ""),
+        (2, "normal-4*4", "Identity", ""),
+        (2, "random_mask-4*4", "eFIM", "sharded"),  # 7 shards: one rank has a pass more than the other
+    ],
 )
-def test_ranks_give_what_one_process_gives(tmp_path, world, sparsification, hessian):
+def test_ranks_give_what_one_process_gives(tmp_path, world, sparsification, hessian, extra):
     several, alone = tmp_path / "several", tmp_path / "alone"
-    for folder, count in ((several, world), (alone, 1)):
+    for folder, count, words in ((several, world, (extra,)), (alone, 1, ())):
         folder.mkdir()
-        ended = torchrun(count, folder, sparsification, hessian)
+        ended = torchrun(count, folder, sparsification, hessian, *words)
         assert ended.returncode == 0, ended.stderr
     parts, (whole,) = found(several, world), found(alone, 1)
     compare(parts, whole)
