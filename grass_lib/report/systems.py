@@ -70,48 +70,47 @@ def costs(outcome: Outcome, tokens: int) -> dict[str, Any]:
     }
 
 
-def checks_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Whether two systems compute the same thing: one row per check.
+def checks_text(found: Iterable[Mapping[str, Any]]) -> str:
+    """Whether two systems compute the same thing: a Markdown table, one row per check.
 
     Args:
         found: What ``crosscheck.judge`` gave.
     """
-    import pandas as pd
-
-    rows = [
-        {
-            "Theirs": each["theirs"],
-            "Ours": each["ours"],
-            "Spearman": each["spearman"],
-            "Largest difference": each["largest_difference"],
-            "Same": "yes" if each["same"] else "no",
-            "What remains": each["rest"],
-        }
-        for each in found
+    lines = [
+        "| theirs | ours | Spearman | largest difference | same | what remains |",
+        "| --- | --- | ---: | ---: | --- | --- |",
     ]
-    return with_formats(pd.DataFrame(rows), {"Spearman": "{:.6f}", "Largest difference": "{:.1e}"})
+    for each in found:
+        numbers = f"{each['spearman']:.6f} | {each['largest_difference']:.1e} | {'yes' if each['same'] else '**no**'}"
+        lines.append(f"| {_cell(each['theirs'])} | {_cell(each['ours'])} | {numbers} | {_cell(each['rest'])} |")
+    return "\n".join(lines) + "\n"
 
 
-def facts_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """What systems did when they were used as documented, seen in this run.
+def facts_text(found: Iterable[Mapping[str, Any]]) -> str:
+    """What systems did when they were used as documented, seen in this run: a Markdown list.
 
     Args:
         found: ``{system, what, expected, seen, why}`` each.
     """
-    import pandas as pd
+    lines = []
+    for each in found:
+        what, expected, seen, why = (_cell(each[name]) for name in ("what", "expected", "seen", "why"))
+        lines.append(
+            f"- **{each['system']}**, {what}. One would expect: {expected}. Seen: **{seen}**. {_sentence(why)}"
+        )
+    return "\n".join(lines) + "\n"
 
-    return pd.DataFrame(
-        [
-            {
-                "System": each["system"],
-                "What was done": html.escape(each["what"]),
-                "One would expect": html.escape(each["expected"]),
-                "Seen": html.escape(each["seen"]),
-                "Reason": html.escape(each["why"]),
-            }
-            for each in found
-        ]
-    )
+
+def _cell(text: str) -> str:
+    """Text of a library as it is, in Markdown."""
+    escaped = html.escape(str(text), quote=False)
+    for mark in ("\\", "|", "*", "_", "`"):
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def cost_table(rows: Iterable[Row]) -> pd.DataFrame:
