@@ -83,6 +83,18 @@ def _musictransformer_maestro_validate(scale: str, parameters: Mapping[str, Any]
     import_module("grass_lib.experiments.musictransformer_maestro").validate(scale, parameters)
 
 
+def _logix_comparison_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.logix_comparison").data_fingerprint(scale)
+
+
+def _logix_comparison_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.logix_comparison").check(scale)
+
+
+def _logix_comparison_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.logix_comparison").validate(scale, parameters)
+
+
 # The modules of an experiment are imported only when it is asked for something, so that the command line starts
 # quickly.
 EXPERIMENTS: dict[str, Experiment] = {
@@ -213,6 +225,35 @@ EXPERIMENTS: dict[str, Experiment] = {
         data_fingerprint=_mlp_masks_fingerprint,
         check=_mlp_masks_check,
         validate=_mlp_masks_validate,
+    ),
+    "logix_comparison": Experiment(
+        name="logix_comparison",
+        title="LogIX, dattri, bergson and kronfluence on the same work",
+        notebook="logix_comparison.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.store",
+            "grass_lib.evaluation",
+            "grass_lib.baselines",
+            "grass_lib.experiments.logix_comparison",
+            "grass_lib.experiments.gpt2_wikitext",
+            "grass_lib.experiments.gpt2_banks",
+            "grass_lib.experiments.gpt2_protocol",
+            "grass_lib.experiments.gpt2_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.training_step",
+            "grass_lib.experiments.models.gpt2",
+            "grass_lib.experiments.data.blocks",
+            "grass_lib.experiments.data.sources",
+            "grass_lib.experiments.data.tokenizers",
+            "grass_lib.experiments.data.wikipedia",
+            "grass_lib.experiments.data.wikitext",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_logix_comparison_fingerprint,
+        check=_logix_comparison_check,
+        validate=_logix_comparison_validate,
+        optional=True,
     ),
 }
 
