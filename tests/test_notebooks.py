@@ -23,6 +23,19 @@ SMALL = {
         *("n_lds_models=4", "gallery=1", "masks=energy"),
     ],
     "mlp_masks": ["ks=64,128", "n_lds_models=12", "n_trak_models=1", "ways=energy,learned"],
+    "musictransformer_maestro": [
+        "specs=sjlt-64,selective_mask-256->sjlt-64",
+        "n_lds_models=8",
+        "n_trak_models=1",
+        "gallery=2",
+    ],
+    "resnet9_cifar2": [
+        "specs=sjlt-16,random_mask-64->sjlt-16,selective_mask-16",
+        "masks=energy",
+        "n_lds_models=6",
+        "n_trak_models=1",
+        "gallery=1",
+    ],
 }
 
 

@@ -43,6 +43,18 @@ def _mlp_masks_validate(scale: str, parameters: Mapping[str, Any]) -> None:
     import_module("grass_lib.experiments.mlp_masks").validate(scale, parameters)
 
 
+def _resnet9_cifar2_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.resnet9_cifar2").data_fingerprint(scale)
+
+
+def _resnet9_cifar2_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.resnet9_cifar2").check(scale)
+
+
+def _resnet9_cifar2_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.resnet9_cifar2").validate(scale, parameters)
+
+
 def _gpt2_wikitext_fingerprint(scale: str) -> str:
     return import_module("grass_lib.experiments.gpt2_wikitext").data_fingerprint(scale)
 
@@ -57,6 +69,18 @@ def _gpt2_wikitext_validate(scale: str, parameters: Mapping[str, Any]) -> None:
 
 def _gpt2_wikitext_task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
     return import_module("grass_lib.experiments.gpt2_wikitext").task(scale, parameters, device)
+
+
+def _musictransformer_maestro_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.musictransformer_maestro").data_fingerprint(scale)
+
+
+def _musictransformer_maestro_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.musictransformer_maestro").check(scale)
+
+
+def _musictransformer_maestro_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.musictransformer_maestro").validate(scale, parameters)
 
 
 # The modules of an experiment are imported only when it is asked for something, so that the command line starts
@@ -81,6 +105,64 @@ EXPERIMENTS: dict[str, Experiment] = {
         check=_mlp_mnist_check,
         validate=_mlp_mnist_validate,
     ),
+    "resnet9_cifar2": Experiment(
+        name="resnet9_cifar2",
+        title="ResNet-9 + CIFAR-2",
+        notebook="resnet9_cifar2.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.masks",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.resnet9_cifar2",
+            "grass_lib.experiments.resnet9_masks",
+            "grass_lib.experiments.resnet9_protocol",
+            "grass_lib.experiments.resnet9_trainer",
+            "grass_lib.experiments.sgd_step",
+            "grass_lib.experiments.mlp_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.models.resnet9",
+            "grass_lib.experiments.data.cifar2",
+            "grass_lib.experiments.data.elpv",
+            "grass_lib.experiments.data.tiles",
+            "grass_lib.experiments.data.sources",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_resnet9_cifar2_fingerprint,
+        check=_resnet9_cifar2_check,
+        validate=_resnet9_cifar2_validate,
+    ),
+    "musictransformer_maestro": Experiment(
+        name="musictransformer_maestro",
+        title="Music Transformer + MAESTRO",
+        notebook="musictransformer_maestro.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.masks.energy",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.musictransformer_maestro",
+            "grass_lib.experiments.music_masks",
+            "grass_lib.experiments.music_protocol",
+            "grass_lib.experiments.music_trainer",
+            "grass_lib.experiments.reproducible",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.training_step",
+            "grass_lib.experiments.models.music_transformer",
+            "grass_lib.experiments.data.archive",
+            "grass_lib.experiments.data.chorales",
+            "grass_lib.experiments.data.events",
+            "grass_lib.experiments.data.maestro",
+            "grass_lib.experiments.data.maestro_archive",
+            "grass_lib.experiments.data.midi",
+            "grass_lib.experiments.data.musicxml",
+            "grass_lib.experiments.data.piece_cache",
+            "grass_lib.experiments.data.sources",
+            "grass_lib.experiments.data.windows",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_musictransformer_maestro_fingerprint,
+        check=_musictransformer_maestro_check,
+        validate=_musictransformer_maestro_validate,
+    ),
     "gpt2_wikitext": Experiment(
         name="gpt2_wikitext",
         title="GPT-2 small + WikiText-2",
@@ -95,6 +177,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.gpt2_protocol",
             "grass_lib.experiments.gpt2_trainer",
             "grass_lib.experiments.layer_masks",
+            "grass_lib.experiments.reproducible",
             "grass_lib.experiments.training",
             "grass_lib.experiments.training_step",
             "grass_lib.experiments.models.gpt2",

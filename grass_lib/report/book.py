@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import GrassError, RecordError, UsageError
+from grass_lib.report.music_pages import with_music
 from grass_lib.report.pages import Page, changed_parameters, pages_in_toc, stub, to_page
 
 if TYPE_CHECKING:
@@ -107,9 +108,8 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
             (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
             continue
         notebook = nbformat.read(found.folder / "notebook.ipynb", as_version=4)
-        nbformat.write(
-            to_page(notebook, found.record, page, changed_parameters(found.folder)), executed / f"{page.stem}.ipynb"
-        )
+        shown_page = to_page(notebook, found.record, page, changed_parameters(found.folder))
+        nbformat.write(with_music(shown_page, found.record), executed / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "notebook.ipynb", notebooks / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "record.json", records / f"{page.stem}.json")
         shown.append(found)
@@ -173,6 +173,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.kernels import write_page_parts
     from grass_lib.report.ledger import ledger_rows
     from grass_lib.report.published import published_rows
+    from grass_lib.report.recipes import recipe_section
     from grass_lib.runner import verified_records
 
     root = Path(root).resolve()
@@ -191,6 +192,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "pairs.md").write_text(pair_sections(rows, documents), encoding="utf-8")
     (generated / "verdicts.md").write_text(verdict_table(rows), encoding="utf-8")
     (generated / "headline.md").write_text(_headline(shown, pages, generated / "figures"), encoding="utf-8")
+    (generated / "recipes.md").write_text(recipe_section(records), encoding="utf-8")
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")

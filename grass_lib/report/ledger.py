@@ -27,8 +27,13 @@ METRIC_TITLES = {
 }
 #: Studies whose rows stand for those of a pair: the published masks were one for all networks, and learned.
 STUDIES = {"mlp_masks": "mlp_mnist"}
-#: Parameters that choose other data or another model than the paper's, quoted in reasons.
-CHOICES = ("data", "base")
+#: Commands whose runs have selective masks, where that is not the pair's own.
+SELECTIVE = {
+    "mlp_mnist": "grass run mlp_masks --scale paper",
+    "resnet9_cifar2": "grass run resnet9_cifar2 --scale paper -p masks=energy",
+}
+#: Parameters that choose other data, another model or another training than the paper's, quoted in reasons.
+CHOICES = ("data", "base", "recipe", "masks")
 FIELDS = (
     "experiment",
     "attributor",
@@ -139,9 +144,8 @@ def _not_run(index: _Index, published: Mapping[str, Any], projection: str, regis
     if experiment not in registered:
         return "this version has no notebook for the pair"
     if selective:
-        study = next((name for name, pair in STUDIES.items() if pair == experiment), experiment)
-        run = f"`grass run {study} --scale paper`"
-        return f"needs a mask that is fitted to the training data, which no paper-scale run here has used; {run} does"
+        run = SELECTIVE.get(experiment, f"grass run {experiment} --scale paper")
+        return f"needs a mask that is fitted to the training data, which no paper-scale run here has used; `{run}` does"
     stages = f"--sparsification '{published['sparsification']}' --projection '{projection}'"
     if record is None:
         return f"no finished run at paper scale; make one with `grass run {experiment} --scale paper`"
@@ -193,6 +197,8 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
         detail += ", a subset of the paper's data"
     if item.record.data["kind"] == "recompressed":
         detail += ", the paper's images compressed once more"
+    if item.record.parameters.get("recipe"):
+        detail += f", recipe={item.record.parameters['recipe']}"
     if item.substitute:
         return (
             "not comparable",
