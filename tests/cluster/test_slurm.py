@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,13 @@ def test_array_runs_is_collected_like_local_runs_and_a_failing_notebook_is_named
     assert len({job["job"].partition("_")[0] for job in jobs.values()}) == 1, "one array"
     assert sorted(job["job"].partition("_")[2] for job in jobs.values()) == ["0", "1"]
     until(lambda: len(list(project.runs.glob("*/store/waiting"))) == 3)
+    follow = project.start("jobs", "logs", "--follow", next(iter(jobs)))
+    impatient = project.start(*words)
+    "".join(iter(impatient.stderr.readline, "jobs: 2 running\n"))
+    impatient.send_signal(signal.SIGINT)
+    _, errors = impatient.communicate(timeout=30)
+    assert impatient.returncode == 130
+    assert "the jobs go on" in errors
     waiting = project.start(*words)
     before = "".join(iter(waiting.stderr.readline, "jobs: 2 running\n"))
     assert before.count("in queue") == 2, "nothing is submitted twice"
@@ -104,6 +112,9 @@ def test_array_runs_is_collected_like_local_runs_and_a_failing_notebook_is_named
     assert sum(line.startswith("done ") for line in errors.splitlines()) == 2
     assert {project.jobs()[name]["state"] for name in jobs} == {"done"}
     assert project.grass(*words).count("skipped") == 2
+    out, _ = follow.communicate(timeout=30)
+    assert follow.returncode == 0
+    assert "Job completed successfully" in out
     assert "array" not in project.grass(*words, "--dry-run")
     assert "Job completed successfully" in project.grass("jobs", "logs", next(iter(jobs)))
     assert sum(line.startswith("ok ") for line in project.grass("verify", code=1).splitlines()) == 2
@@ -124,7 +135,9 @@ def test_jobs_that_were_ended_in_the_middle_go_on_and_give_the_same(project, slu
     local = undisturbed.start("run", "first", "-q", "-p", "seed=1")
     names: list[str] = []
     for seed in range(3):
-        project.grass("run", "first", "-p", f"seed={seed}", "--executor", "slurm", "--no-wait")
+        # For submitit every signal to a job of ten minutes or less means that its time limit is near.
+        limit = ["--slurm", "time=0:10:00"] if seed == 1 else []
+        project.grass("run", "first", "-p", f"seed={seed}", "--executor", "slurm", "--no-wait", *limit)
         names += project.jobs().keys() - set(names)
     by_user = project.start("run", "second", "--executor", "slurm")
     until(lambda: len(list(project.runs.glob("*/store/waiting"))) == 4)
@@ -148,7 +161,7 @@ def test_jobs_that_were_ended_in_the_middle_go_on_and_give_the_same(project, slu
     project.grass("run", "second", "--executor", "slurm", "--no-wait")
     shown = project.grass("jobs", "wait")
     assert all(project.jobs()[name]["state"] == "done" for name in names), shown
-    assert "Requeued job" in Path(jobs[names[1]]["log"]).read_text()
+    assert "(9 remaining timeouts)" in Path(jobs[names[1]]["log"]).read_text()
     assert local.wait(60) == 0
     for name in names:
         assert (project.runs / name / "store" / "attempts").read_text() == "xx", f"{name} was not run twice"

@@ -47,14 +47,15 @@ def task(scale: str, parameters, device: str) -> AttributionTask:
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch):
+def toy(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("GRASS_RUNS", str(tmp_path_factory.mktemp("runs")))
     monkeypatch.setattr(
         "grass_lib.runner.planning.experiments_by_name", lambda: {"toy": SimpleNamespace(attribution_task=task)}
     )
     monkeypatch.setattr(
         tasks,
         "planned_source",
-        lambda experiment, scale, assignments, **stages: tasks.StoreSource(experiment, scale, {}, **stages),
+        lambda experiment, scale, assignments, here, **stages: tasks.StoreSource(experiment, scale, {}, **stages),
     )
 
 
