@@ -19,6 +19,7 @@ from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch
+from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
 from grass_lib.store import ShardWriter, Store
 
@@ -194,14 +195,14 @@ def default_shard_size(batch: int) -> int:
     return max(_SHARD_SIZE // batch * batch, batch)
 
 
-def check_compile(compile: bool, deterministic: bool) -> None:
+def check_compile(compile: Compile, deterministic: bool) -> None:
     """Refuses kernels that are chosen by timing them, since another run may choose others.
 
     Raises:
         UsageError: ``compile`` is a mode, or the compiler is set to time kernels while bits have to be the same.
     """
-    if not isinstance(compile, bool):
-        raise UsageError(f"compile is {compile!r}; expected True or False (modes are not taken)")
+    if not isinstance(compile, bool) and compile != "blocks":
+        raise UsageError(f"compile is {compile!r}; expected True, False or 'blocks' (modes are not taken)")
     if compile and deterministic:
         import torch._inductor.config as inductor
 
