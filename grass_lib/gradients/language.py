@@ -34,8 +34,9 @@ def causal_loss(model: Callable[..., Any], batch: Batch, reduction: Reduction = 
         UsageError: If the batch or what the model returns has another form.
     """
     following = following_labels(batch, reduction)
-    labels = batch["labels"]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    result = model(**{name: value for name, value in batch.items() if name != "labels"})
+    samples: Any = batch
+    labels = samples["labels"]
+    result = model(**{name: value for name, value in samples.items() if name != "labels"})
     logits = getattr(result, "logits", result)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         seen = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
