@@ -36,6 +36,7 @@ class ShardCache:
 
     Attributes:
         samples: How many were computed.
+        drain: Seconds that the end of the walk waited for the last shards to be written.
     """
 
     def __init__(self, gradients: FactoredGradients, store: Store, curvature: Curvature | None = None) -> None:
@@ -53,13 +54,19 @@ class ShardCache:
         self._sums: list[Tensor] = []
         self._copied = self._submitted = 0
         self._meter = Meter(device)
-        self._waited = 0.0
+        self._transfer = Meter(device)
+        self._waited = self.drain = 0.0
         self.samples = 0
 
     @property
     def seconds(self) -> dict[str, float]:
         """``writing``, for which the walk waited, and ``curvature``; waits for the device."""
         return {"writing": self._waited, "curvature": self._meter.seconds}
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Of copies to the host's memory, on the device's clock; waits for the device."""
+        return self._transfer.seconds
 
     def run(self, loader: Iterable[Batch], bar: tqdm, *, worker: int = 0, n_workers: int = 1) -> None:
         """Walks the loader once and computes what is missing.
@@ -92,7 +99,8 @@ class ShardCache:
                     "same training set (n_samples= where the loader does not say its length)"
                 )
             start = time.perf_counter()
-        self._waited += time.perf_counter() - start
+        self.drain = time.perf_counter() - start
+        self._waited += self.drain
 
     def _shard_of(self, first: int, size: int) -> int:
         """Number of the shard that a batch belongs to."""
@@ -124,8 +132,10 @@ class ShardCache:
     def _flush(self) -> None:
         """Empties the block into the host's memory and the curvature."""
         host, first = self._hosts[self._submitted % 2], self._copied
-        for name, part in self._block.parts():
-            host[name][first : first + len(part)].copy_(part, non_blocking=True)
+        with measured(self._transfer):
+            for name, part in self._block.parts():
+                host[name][first : first + len(part)].copy_(part, non_blocking=True)
+        for _, part in self._block.parts():
             self._sums.append(part.sum(dtype=torch.float32))
         if self._curvature is not None:
             with measured(self._meter), exact_products():

@@ -137,7 +137,7 @@ def protocol(scale: str, *, weights: str = "pretrained", max_tokens: int = 0, ba
         last_blocks=6,
         batch_size=size,
         shard_size=max(20 // size * size, size),
-        spec="random_mask-64*64->sjlt-1024",
+        spec="random_mask-128*128->sjlt-4096",
         damping=1.0,
         top=4,
     )

@@ -175,7 +175,8 @@ def _portions(
     tables: Tables,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses ``(n,)`` of all tokens, gradients ``(n, width)`` below the layer, compressed ones ``(n, k1)`` above it."""
-    step = _compiled_step() if hidden.is_cuda else _step
+    # A value alone is asked for once or twice; compiling for that would take longer.
+    step = _compiled_step() if hidden.is_cuda and (wants_below or capture is not None) else _step
     losses: list[Tensor] = []
     below: list[Tensor] = []
     left: list[Tensor] = []

@@ -36,7 +36,8 @@ def own_article_rows(
 
     Returns:
         One dictionary per query whose article is among the passages: ``query``, ``article``, ``passages`` (of the
-        article), ``found`` (among the first), ``by_chance`` (expected of a random order), ``best_rank`` (from 1).
+        article), ``found`` (among the first), ``by_chance`` (expected of a random order), ``best_rank`` (from 1) and
+        ``rank_by_chance``.
 
     Raises:
         UsageError: shapes and lengths do not fit, or ``first`` is out of range.
@@ -45,8 +46,8 @@ def own_article_rows(
     shape = len(titles), len(names)
     if matrix.shape != shape or len(articles) != len(names) or not 1 <= first <= len(titles):
         raise UsageError(
-            f"scores have shape {matrix.shape}, with {len(titles)} titles, {len(names)} names, {len(articles)} articles "
-            f"and first={first}; expected (titles, names), an article for each name, and first up to the titles"
+            f"scores have shape {matrix.shape}, with {len(titles)} titles, {len(names)} names, {len(articles)} "
+            f"articles and first={first}; expected (titles, names), an article each, and first up to the titles"
         )
     rows = []
     for place, (name, article) in enumerate(zip(names, articles, strict=True)):
@@ -63,6 +64,7 @@ def own_article_rows(
                 "found": int((ranks < first).sum()),
                 "by_chance": first * int(own.sum()) / len(titles),
                 "best_rank": int(ranks[0]) + 1,
+                "rank_by_chance": (len(titles) + 1) / (int(own.sum()) + 1),
             }
         )
     return rows
@@ -89,9 +91,10 @@ def own_article_table(rows: Sequence[dict[str, Any]], first: int = 5) -> pd.Data
             f"among the first {first}": [row["found"] for row in rows],
             "expected by chance": [row["by_chance"] for row in rows],
             "best rank": [row["best_rank"] for row in rows],
+            "best rank by chance": [row["rank_by_chance"] for row in rows],
         }
     )
-    return with_formats(frame, {"expected by chance": ".2f"})
+    return with_formats(frame, {"expected by chance": "{:.2f}", "best rank by chance": "{:.1f}"})
 
 
 def self_influence_figure(values: Any) -> Figure:
