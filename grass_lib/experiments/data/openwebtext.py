@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grass_lib.errors import DataError, UsageError
 from grass_lib.experiments.data.blocks import blocks_hash, cut_blocks
@@ -33,8 +34,8 @@ TOKENS_PER_DOCUMENT = 150
 def load_openwebtext(tokenizer: Tokenizer, *, max_tokens: int, length: int, seed: int, end: int | None) -> PassageSet:
     """Blocks of the first documents, shuffled.
 
-    As the protocol has it: ``max_tokens / 150`` documents are read, concatenated and cut; the blocks are shuffled, and
-    the first ``max_tokens // length`` are kept.
+    As the protocol has it: ``max_tokens / 150`` documents are read (more where they are short), concatenated and cut;
+    the blocks are shuffled, and the first ``max_tokens // length`` are kept.
 
     Args:
         tokenizer: Of the model.
@@ -52,8 +53,12 @@ def load_openwebtext(tokenizer: Tokenizer, *, max_tokens: int, length: int, seed
         raise UsageError(f"max_tokens is {max_tokens}; expected at least one block of {length} tokens")
     n_documents = max(1, max_tokens // TOKENS_PER_DOCUMENT)
     documents, source = _documents()
-    parts, rows = [], 0
-    while chunk := list(islice(documents, min(_GROUP, n_documents - rows))):
+    parts: list[Tensor] = []
+    rows = 0
+    while rows < n_documents or sum(map(len, parts)) < wanted:
+        chunk = list(islice(documents, min(_GROUP, n_documents - rows) if rows < n_documents else _GROUP))
+        if not chunk:
+            break
         encoded = tokenizer.encode_rows(chunk)
         blocks, _ = cut_blocks([[*row, *([] if end is None else [end])] for row in encoded], length, len(chunk))
         parts.append(blocks)

@@ -291,6 +291,7 @@ def hub_access(name: str) -> tuple[bool, str]:
         name: Of the model.
     """
     try:
+        from httpx import HTTPError
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
@@ -302,7 +303,7 @@ def hub_access(name: str) -> tuple[bool, str]:
     except HfHubHTTPError as error:
         code = getattr(getattr(error, "response", None), "status_code", None)
         return False, f"the token that is here may not read {name} (answer {code})"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         return False, f"the hub could not be asked about {name} ({type(error).__name__})"
     return True, f"the token that is here may read {name}"
 
