@@ -115,7 +115,7 @@ def self_influence_figure(values: Any) -> Figure:
         figure, axes = plt.subplots(figsize=(7.6, 2.8), layout="constrained")
         axes.hist(found, bins=min(40, max(5, len(found) // 4)), color=_BAR)
         middle = float(np.median(found))
-        axes.axvline(middle, color=NEUTRAL, linewidth=1.2, linestyle=":", label=f"median {middle:.3g}")
+        axes.axvline(middle, color=NEUTRAL, linewidth=1.2, linestyle=":", label=f"median {middle:,.4g}")
         axes.set_xlabel("self-influence")
         axes.set_ylabel("passages")
         axes.legend()

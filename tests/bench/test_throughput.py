@@ -17,7 +17,7 @@ from grass_lib.report import plan, throughput
 
 SPEC = "random_mask-16*16->sjlt-64"
 OPTIONS = {
-    **{"model": "tiny", "dtype": "float32", "spec": SPEC, "other": "normal-4*4->identity", "batches": (2, 4)},
+    **{"model": "tiny", "dtype": "float32", "spec": SPEC, "other": "normal-4*4->identity", "batches": (2,)},
     **{"block": 8, "samples": 8, "steps": 1, "device": "cpu"},
 }
 
@@ -33,11 +33,8 @@ def result(tmp_path_factory):
 
 def test_every_row_is_measured_and_checked(result):
     steps = [(row["step"], row["layers"], row["hessian"], row["batch"]) for row in result["rows"]]
-    assert len(steps) == len(set(steps)) == 11
-    for size in (2, 4):
-        assert {("caching", 28, "Identity", size), ("caching", 29, "Identity", size), ("plain", 0, "", size)} <= set(
-            steps
-        )
+    assert len(steps) == 7
+    assert {("caching", 28, "Identity", 2), ("caching", 29, "Identity", 2), ("plain", 0, "", 2)} <= set(steps)
     assert ("caching", 29, "eFIM", 2) in steps
     assert ("reference", 29, "", 2) in steps
     assert all(row["tokens_per_second"] > 0 and not row["note"] for row in result["rows"])
@@ -49,7 +46,7 @@ def test_every_row_is_measured_and_checked(result):
     assert result["check"]["rows"] == 8
     assert abs(result["check"]["mean_kept_position"] - 0.5) < 0.05
     assert [goal["goal"].split()[0] for goal in result["goals"]] == ["worst"]
-    assert throughput_run.summary(result).count("\n") >= 11
+    assert throughput_run.summary(result).count("\n") >= 7
 
 
 def test_operations_of_a_token():
@@ -73,7 +70,7 @@ def test_the_reference_step_computes_the_same_rows_up_to_its_scale():
     # Per-sample gradients of a mean over tokens, times the batch.
     scales = {name: gradients.sides(name)[0].scale * gradients.sides(name)[1].scale for name in wanted}
     for name, rows in wanted.items():
-        ours = rows / scales[name] / batch["input_ids"].shape[1]
+        ours = rows / scales[name] / (batch["input_ids"].shape[1] - 1)
         assert (found[name] - ours).norm() < 1e-4 * ours.norm(), name
     assert {name: (id(value), value.requires_grad) for name, value in model.named_parameters()} == before
     assert all("forward" not in module.__dict__ for module in model.modules())
