@@ -160,9 +160,8 @@ def goal_table(result: Result) -> str:
     for goal in result["goals"]:
         sign = "at most" if goal["at_most"] else "at least"
         verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.0%}"
-        lines.append(
-            f"| {goal['goal']} | {sign} {goal['limit']:g} {goal['unit']} | {goal['measured']:.4g} {goal['unit']} | {verdict} |"
-        )
+        limit, found = f"{goal['limit']:g} {goal['unit']}", f"{goal['measured']:.4g} {goal['unit']}"
+        lines.append(f"| {goal['goal']} | {sign} {limit} | {found} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
@@ -179,18 +178,18 @@ def device_sentence(result: Result) -> str:
     if floor:
         speed = result["product_operations_per_second"] / 1e12
         text += (
-            f" A token needs at least {model['operations_per_token'] / 1e9:.1f} GFLOP; at the {speed:.0f} TFLOP/s of a large "
-            f"matrix product, measured in the same run, that would be {floor:,.0f} tokens/s."
+            f" A token needs at least {model['operations_per_token'] / 1e9:.1f} GFLOP; at the {speed:.0f} TFLOP/s of a "
+            f"large matrix product, measured in the same run, that would be {floor:,.0f} tokens/s."
         )
     check, problems = result["check"], [p for row in result["rows"] for p in row["stored"].get("problems", [])]
     if check.get("worst_cosine") is not None:
         text += (
             f" {check['rows']} of the rows that were written were compared with an eager capture of the same model in "
-            f"float32: the worst cosine of any row and layer is {check['worst_cosine']:.4f} ({check['worst_layer']}), the "
-            f"median {check['median_cosine']:.4f}."
+            f"float32: the worst cosine of any row and layer is {check['worst_cosine']:.4f} ({check['worst_layer']}), "
+            f"the median {check['median_cosine']:.4f}."
         )
-    text += f" {'Every shard was read back and has its checksum.' if not problems else 'Damaged shards: ' + '; '.join(problems)}"
-    return text + "\n"
+    state = f"Damaged shards: {'; '.join(problems)}" if problems else "Every shard was read back and has its checksum."
+    return f"{text} {state}\n"
 
 
 def write_figures(measured: Path, folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:

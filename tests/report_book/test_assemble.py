@@ -17,7 +17,9 @@ EMBEDDED = Page("mlp_mnist", "embedded")
 
 def test_pages_of_the_table_of_contents(sources: Path) -> None:
     assert pages_in_toc(sources / "_toc.yml") == [
-        Page(experiment, scale) for experiment in ("mlp_mnist", "gpt2_wikitext") for scale in ("embedded", "paper")
+        Page(experiment, scale)
+        for experiment in ("mlp_mnist", "gpt2_wikitext", "llama3_openwebtext")
+        for scale in ("embedded", "paper")
     ]
 
 
@@ -105,6 +107,8 @@ def test_pages_are_made_anew_each_time(sources: Path) -> None:
     assert sorted(path.name for path in (sources / "book/executed").iterdir()) == [
         "gpt2_wikitext_embedded.md",
         "gpt2_wikitext_paper.md",
+        "llama3_openwebtext_embedded.md",
+        "llama3_openwebtext_paper.md",
         "mlp_mnist_embedded.ipynb",
         "mlp_mnist_paper.md",
     ]
