@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 # Small, but with every cell of the notebook doing its work.
 SMALL = {
     "mlp_mnist": ["specs=sjlt-64,random_mask-256->sjlt-64", "n_lds_models=12", "n_trak_models=1", "gallery=1"],
-    "gpt2_wikitext": ["specs=normal-4*4->identity,random_mask-8*8->sjlt-16", "n_lds_models=4", "gallery=1"],
+    "gpt2_wikitext": [
+        "specs=normal-4*4->identity,random_mask-8*8->sjlt-16,selective_mask-4*4->identity",
+        *("n_lds_models=4", "gallery=1", "masks=energy"),
+    ],
+    "mlp_masks": ["ks=64,128", "n_lds_models=12", "n_trak_models=1", "ways=energy,learned"],
 }
 
 

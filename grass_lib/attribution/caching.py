@@ -68,7 +68,14 @@ class ShardCache:
         """Of copies to the host's memory, on the device's clock; waits for the device."""
         return self._transfer.seconds
 
-    def run(self, loader: Iterable[Batch], bar: tqdm, *, worker: int = 0, n_workers: int = 1) -> None:
+    def passes(self, batch: int, worker: int, n_workers: int) -> int:
+        """How many batches of a size a worker has to compute."""
+        missing = self._store.missing(worker, n_workers)
+        return sum(-(-len(self._store.shard_rows(number)) // batch) for number in missing)
+
+    def run(
+        self, loader: Iterable[Batch], bar: tqdm, *, worker: int = 0, n_workers: int = 1, idle_passes: int = 0
+    ) -> None:
         """Walks the loader once and computes what is missing.
 
         Args:
@@ -76,6 +83,8 @@ class ShardCache:
             bar: Is advanced by the samples.
             worker: This worker's number.
             n_workers: Number of workers.
+            idle_passes: Passes at the end whose results nobody wants, where the model's weights are sharded and other
+                ranks have so many more to do.
 
         Raises:
             UsageError: Batches do not fit the shards, or there are fewer or more samples than the store has.
@@ -83,10 +92,12 @@ class ShardCache:
             StoreError: A shard could not be written.
         """
         todo, seen = set(self._store.missing(worker, n_workers)), 0
+        filler: Batch | None = None
         with self._gradients.attached(), self._store.writer(worker=worker, n_workers=n_workers) as writer:
             for batch in loader:
                 samples = batch_to(batch, self._gradients.device)
                 size = batch_size(samples)
+                filler = samples if filler is None and idle_passes else filler
                 number = self._shard_of(seen, size)
                 if number in todo:
                     self._take(self._gradients(samples)[0], number, writer)
@@ -98,6 +109,8 @@ class ShardCache:
                     f"the loader yielded {seen} samples, and the store is for {self._store.n_samples}; expected the "
                     "same training set (n_samples= where the loader does not say its length)"
                 )
+            for samples in [] if filler is None else [filler] * idle_passes:
+                self._gradients(samples)
             start = time.perf_counter()
         self.drain = time.perf_counter() - start
         self._waited += self.drain

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from grass_lib.ranks import Ranks
 from grass_lib.store import Store
 
 _BLOCK_BYTES = 128 * 2**20
@@ -113,6 +114,21 @@ def stream_curvature(
         for part in block.portions(name, rows):
             curvature.add(name, part)
     return curvature
+
+
+def reduce_curvature(curvature: Curvature, layers: Sequence[str], ranks: Ranks) -> None:
+    """Sums over ranks, layer by layer and in place, at the rank that a layer belongs to; the others let theirs go.
+
+    Args:
+        curvature: This rank's sums.
+        layers: Names of all layers, the same on every rank.
+        ranks: The processes.
+    """
+    for place, name in enumerate(layers):
+        if name in curvature.sums:
+            ranks.add_at(ranks.owner(place), curvature.sums[name])
+            if not ranks.owns(place):
+                del curvature.sums[name]
 
 
 def layer_rows(store: Store, name: str, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.attribution.caching import ShardCache, check_compile, check_order, reproducible
-from grass_lib.attribution.curvature import Curvature
+from grass_lib.attribution.curvature import Curvature, reduce_curvature
 from grass_lib.attribution.origin import KeptStore
 from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose, primal_layers
 from grass_lib.attribution.ranking import TopK, TopKMerge
@@ -25,6 +25,7 @@ from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.passes import Compile
 from grass_lib.gradients.stream import progress_bar, sample_count
 from grass_lib.precision import exact_products
+from grass_lib.ranks import Ranks, is_sharded
 from grass_lib.specs import parse_hessian
 from grass_lib.store import Store
 
@@ -77,12 +78,14 @@ class InfluenceFunction:
         precision: Precision = "mixed",
         fingerprint: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
         progress: bool = True,
     ) -> None:
         """Checks everything that can be checked before data is read.
 
         Args:
-            model: The trained model, on the device where everything is computed; it is left as it is found.
+            model: The trained model, on the device where everything is computed; it is left as it is found. Its weights
+                may be sharded over ``ranks`` (``torch.distributed.fsdp.fully_shard``), without ``compile``.
             loss: ``loss(model, batch) -> (batch,)``, lower is better.
             layers: As in ``find_layers``.
             include_head: As in ``find_layers``.
@@ -108,6 +111,9 @@ class InfluenceFunction:
                 1e-7; that of ``"float32"`` is 3e-4, 5e-2 and more than 2.
             fingerprint: What else decides the rows, above all the data's hash; JSON values.
             source: What rebuilds the store.
+            ranks: ``Ranks.joined()`` where several processes with the same arguments share the work and a store's
+                folder. Each caches the shards that leave its number, owns every world-th layer's curvature and scores
+                its shards. :meth:`cache` and whatever scores are then called by all of them, and give the same on all.
             progress: Shows bars for work that lasts more than 3 s.
 
         Raises:
@@ -118,6 +124,9 @@ class InfluenceFunction:
         if precision not in PRECISIONS:
             raise UsageError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
         check_compile(compile, deterministic)
+        self._ranks = Ranks() if ranks is None else ranks
+        if store is None and not self._ranks.alone:
+            raise UsageError(f"store is None with {self._ranks.world} ranks; expected a folder that all of them see")
         self._dtypes = PRECISIONS[precision]
         self._gradients = FactoredGradients(
             model,
@@ -135,7 +144,7 @@ class InfluenceFunction:
         )
         self.spec, self.sizes, self.k = self._gradients.spec, self._gradients.sizes, self._gradients.k
         self.include_head, self.device = self._gradients.include_head, self._gradients.device
-        self.dtype, self.deterministic, self._progress = dtype, deterministic, progress
+        self.dtype, self.deterministic, self._progress = dtype, deterministic, progress and self._ranks.rank == 0
         self._kept = KeptStore(
             self._gradients,
             path=store,
@@ -150,7 +159,7 @@ class InfluenceFunction:
         self._bases: dict[str, LayerBasis] | None = None
         self.timings: dict[str, float] = dict.fromkeys((*_SECONDS, "samples"), 0.0)
         self.residuals: dict[str, float] = {}
-        self._scorer = Scorer(self._gradients, target, self._dtypes[0], self.timings, progress)
+        self._scorer = Scorer(self._gradients, target, self._dtypes[0], self.timings, self._progress, self._ranks)
 
     @property
     def store(self) -> Store:
@@ -184,29 +193,59 @@ class InfluenceFunction:
             StoreError: The folder holds a store of something else, or cannot be written.
         """
         check_order(loader)
-        expected, batches = sample_count(loader) if n_samples is None else n_samples, iter(loader)
-        first = next(batches, None)
-        if first is None:
-            raise UsageError("the loader yielded no batches; expected training data")
-        size = batch_size(batch_to(first, self.device))
-        store = self._kept.make(expected, size)
-        missing = store.missing(worker, n_workers)
+        if not self._ranks.alone:
+            if (worker, n_workers) != (0, 1):
+                raise UsageError(
+                    f"worker {worker} of {n_workers} is for processes that know nothing of each other, and here are "
+                    f"{self._ranks.world} ranks; leave it out"
+                )
+            worker, n_workers = self._ranks.rank, self._ranks.world
+        with self._ranks.together("caching"):
+            expected, batches = sample_count(loader) if n_samples is None else n_samples, iter(loader)
+            first = next(batches, None)
+            if first is None:
+                raise UsageError("the loader yielded no batches; expected training data")
+            size = batch_size(batch_to(first, self.device))
+            store = self._kept.make(expected, size)
+            missing = store.missing(worker, n_workers)
         self.timings.update(dict.fromkeys(self.timings, 0.0))
-        if not missing:
+        todo = self._ranks.tell(len(missing))
+        if not any(todo):
             return
         self._curvature = self._bases = None
         # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits.
-        whole = self.hessian == "eFIM" and len(missing) == store.n_shards
+        whole = self.hessian == "eFIM" and sum(todo) == store.n_shards
         curvature = Curvature(primal_layers(store), self.device, self._dtypes[0]) if whole else None
+        with self._ranks.together("caching"):
+            if missing or is_sharded(self._gradients.model):
+                self._fill(store, curvature, chain([first], batches), size, worker=worker, n_workers=n_workers)
+        if curvature is not None:
+            with clocked(self.timings, "curvature", self.device):
+                reduce_curvature(curvature, list(store.layers), self._ranks)
+        self._curvature = curvature
+
+    def _fill(
+        self,
+        store: Store,
+        curvature: Curvature | None,
+        batches: Iterable[Batch],
+        size: int,
+        *,
+        worker: int,
+        n_workers: int,
+    ) -> None:
+        """Computes a worker's missing shards."""
         cache = ShardCache(self._gradients, store, curvature)
         self._gradients.compiled_size = size
-        before = self._gradients.timings
+        before, idle = self._gradients.timings, 0
+        if is_sharded(self._gradients.model):
+            passes = cache.passes(size, worker, n_workers)
+            idle = max(self._ranks.tell(passes)) - passes
         with (
             reproducible(self.device, self.deterministic),
             progress_bar(store.n_samples, "gradients", self._progress) as bar,
         ):
-            cache.run(chain([first], batches), bar, worker=worker, n_workers=n_workers)
-        self._curvature = curvature
+            cache.run(batches, bar, worker=worker, n_workers=n_workers, idle_passes=idle)
         after = self._gradients.timings
         self.timings |= cache.seconds | {name: after[name] - before[name] for name in after}
         self.timings["samples"] = float(cache.samples)
@@ -229,10 +268,11 @@ class InfluenceFunction:
         grid, single = self._grid(damping)
         store, parts = self._kept.complete(), []
         for count, prepared in self._scorer.blocks(store, self._ready_bases(store), query_loader, grid):
-            scores = torch.empty(len(grid), store.n_samples, count, dtype=self._dtypes[0], device=self.device)
-            for samples, found in self._scorer.shards(store, prepared):
-                scores[:, samples.start : samples.stop] = found.view(len(found), len(grid), count).movedim(1, 0)
-            parts.append(scores)
+            scores = torch.zeros(len(grid), store.n_samples, count, dtype=self._dtypes[0], device=self.device)
+            with self._ranks.together("scoring"):
+                for samples, found in self._scorer.shards(store, prepared):
+                    scores[:, samples.start : samples.stop] = found.view(len(found), len(grid), count).movedim(1, 0)
+            parts.append(self._ranks.add(scores))
         result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return result[0] if single else result
 
@@ -276,11 +316,12 @@ class InfluenceFunction:
         store, found = self._kept.complete(), []
         if not 1 <= k <= store.n_samples:
             raise UsageError(f"k is {k}; expected between 1 and the number of training samples, {store.n_samples}")
-        for _, prepared in self._scorer.blocks(store, self._ready_bases(store), query_loader, grid):
+        for count, prepared in self._scorer.blocks(store, self._ready_bases(store), query_loader, grid):
             merge = TopKMerge(k)
-            for _, scores in self._scorer.shards(store, prepared):
-                merge.update(scores)
-            found.append(merge.result())
+            with self._ranks.together("scoring"):
+                for samples, scores in self._scorer.shards(store, prepared):
+                    merge.update(scores, samples.start)
+            found.append(merge.result_of(self._ranks, count, self._dtypes[0], self.device))
         return TopK(torch.cat([part.indices for part in found]), torch.cat([part.scores for part in found]))
 
     def _grid(self, damping: Damping) -> tuple[list[float], bool]:
@@ -289,14 +330,21 @@ class InfluenceFunction:
             raise UsageError(f"damping is a grid of {len(grid)} values, but hessian 'Identity' has none; leave it out")
         return grid, single
 
-    def _ready_bases(self, store: Store) -> dict[str, LayerBasis]:
-        """Eigenvectors by layer, computed at first use; none for hessian "Identity"."""
+    def _ready_bases(self, store: Store) -> dict[str, LayerBasis] | None:
+        """Eigenvectors of this rank's layers, computed at first use; None for hessian "Identity"."""
         if self.hessian == "Identity":
-            return {}
+            return None
         if self._bases is None:
-            with clocked(self.timings, "curvature", self.device), exact_products():
+            own = [name for place, name in enumerate(store.layers) if self._ranks.owns(place)]
+            with (
+                self._ranks.together("decomposing the curvature"),
+                clocked(self.timings, "curvature", self.device),
+                exact_products(),
+            ):
                 keep, solve = self._dtypes
-                self._bases = decompose(store, self._curvature, self.device, solve=solve, keep=keep)
+                self._bases = decompose(store, own, self._curvature, self.device, solve=solve, keep=keep)
                 self._curvature = None
-            self.residuals = {name: basis.residual for name, basis in self._bases.items()}
+            told = self._ranks.tell({name: basis.residual for name, basis in self._bases.items()})
+            found = {name: value for part in told for name, value in part.items()}
+            self.residuals = {name: found[name] for name in store.layers}
         return self._bases

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from grass_lib import __version__
 from grass_lib.attribution.caching import default_shard_size
@@ -177,6 +178,8 @@ def model_sha256(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a model's weights and buffers, in the order of its state dict."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if isinstance(value, DTensor):  # of a model that is sharded over ranks: all of them come here together
+            value = value.full_tensor()
         if isinstance(value, Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

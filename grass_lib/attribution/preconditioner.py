@@ -82,12 +82,19 @@ class LayerBasis:
 
 
 def decompose(
-    store: Store, curvature: Curvature | None, device: torch.device, *, solve: torch.dtype, keep: torch.dtype
+    store: Store,
+    layers: Sequence[str],
+    curvature: Curvature | None,
+    device: torch.device,
+    *,
+    solve: torch.dtype,
+    keep: torch.dtype,
 ) -> dict[str, LayerBasis]:
-    """Eigenvectors of all layers of a complete store.
+    """Eigenvectors of layers of a complete store.
 
     Args:
         store: The store.
+        layers: Names of the layers wanted.
         curvature: Its sums, which are used up; None reads the store.
         device: Where to compute.
         solve: Type of the decomposition.
@@ -99,9 +106,9 @@ def decompose(
     """
     primal = primal_layers(store)
     if curvature is None:
-        curvature = stream_curvature(store, list(primal), device, keep)
+        curvature = stream_curvature(store, [name for name in layers if name in primal], device, keep)
     bases = {}
-    for name in store.layers:
+    for name in layers:
         if name in primal:
             bases[name] = primal_basis(name, curvature.sums.pop(name), store.n_samples, dtype=solve, keep=keep)
         else:

@@ -1,11 +1,13 @@
 """The training samples that help and harm each query most."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grass_lib.errors import UsageError
+from grass_lib.ranks import Ranks
 
 _QUERIES_AT_ONCE = 256
 
@@ -80,13 +82,14 @@ class TopKMerge:
         """
         self._k = k
         self._ends: list[tuple[Tensor, Tensor]] = []
-        self._seen = 0
+        self._seen = self._next = 0
 
-    def update(self, scores: Tensor) -> None:
+    def update(self, scores: Tensor, first: int | None = None) -> None:
         """Ranks the next samples among those that were held.
 
         Args:
             scores: ``(n, n_query)`` of the training samples that follow the ones before.
+            first: Index of the first of them, where some were left out.
 
         Raises:
             UsageError: If scores hold NaN.
@@ -94,7 +97,9 @@ class TopKMerge:
         if bool(scores.isnan().any()):
             raise UsageError("Scores hold NaN; expected numbers that can be ranked.")
         values = scores.mT
-        order = torch.arange(self._seen, self._seen + len(scores), device=scores.device).expand(values.shape)
+        self._next = self._next if first is None else first
+        order = torch.arange(self._next, self._next + len(scores), device=scores.device).expand(values.shape)
+        self._next += len(scores)
         self._seen += len(scores)
         ends = self._ends or [(values[:, :0], order[:, :0])] * 2
         self._ends = []
@@ -114,3 +119,40 @@ class TopKMerge:
             raise UsageError(f"k is {self._k}; expected between 1 and the number of training samples, {self._seen}.")
         scores, indices = zip(*self._ends, strict=True)
         return TopK(torch.stack(indices, dim=1), torch.stack(scores, dim=1))
+
+    def result_of(self, ranks: Ranks, n_query: int, dtype: torch.dtype, device: torch.device) -> TopK:
+        """What `result` gives for the samples of all ranks together, the same on every rank.
+
+        Args:
+            ranks: The processes, each with samples of its own.
+            n_query: Number of queries.
+            dtype: Of scores.
+            device: Of the scores.
+        """
+        if ranks.alone:
+            return self.result()
+        # Every rank gives k places an end, those without a sample with index -1.
+        indices = torch.full((n_query, 2, self._k), -1, dtype=torch.int64, device=device)
+        scores = torch.zeros(n_query, 2, self._k, dtype=dtype, device=device)
+        for end, (values, places) in enumerate(self._ends):
+            indices[:, end, : places.shape[1]], scores[:, end, : values.shape[1]] = places, values
+        return joined_topk([TopK(*pair) for pair in zip(ranks.gather(indices), ranks.gather(scores), strict=True)])
+
+
+def joined_topk(parts: Sequence[TopK]) -> TopK:
+    """One ranking out of rankings of different training samples, as long as one of them.
+
+    Args:
+        parts: Rankings of the same queries, equally long; places without a sample have the index -1.
+    """
+    k = parts[0].indices.shape[2]
+    indices, scores = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("indices", "scores"))
+    ends = []
+    for end, descending in enumerate((True, False)):
+        # By index first, so that a stable sort by score orders equal scores by index; empty places go last.
+        order = indices[:, end].sort(dim=1, stable=True)
+        values = scores[:, end].gather(1, order.indices)
+        values = values.masked_fill(order.values < 0, -torch.inf if descending else torch.inf)
+        place = values.sort(dim=1, descending=descending, stable=True).indices[:, :k]
+        ends.append((order.values.gather(1, place), values.gather(1, place)))
+    return TopK(*(torch.stack(pair, dim=1) for pair in zip(*ends, strict=True)))

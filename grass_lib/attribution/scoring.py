@@ -21,6 +21,7 @@ from grass_lib.gradients.head import takes_head
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import clock, progress_bar, sample_count
 from grass_lib.precision import exact_products
+from grass_lib.ranks import Ranks
 from grass_lib.store import Store
 
 CPU_QUERY_BYTES = 2**30
@@ -54,6 +55,7 @@ class Scorer:
         dtype: torch.dtype,
         timings: dict[str, float],
         progress: bool,
+        ranks: Ranks,
     ) -> None:
         """Keeps the arguments.
 
@@ -63,20 +65,22 @@ class Scorer:
             dtype: Of query gradients, products and scores.
             timings: Entries ``query_gradients`` and ``scoring`` start anew with each call that scores.
             progress: Whether bars are shown.
+            ranks: Share the work: every rank has its shards, and its layers.
         """
         self._gradients, self._dtype, self._timings, self._progress = gradients, dtype, timings, progress
+        self._ranks = ranks
         self.device = gradients.device
         # The loss too is handed over as another output, so that no query meets the compiled pass of the training set.
         self._output = gradients.loss if target is None else _minus(target)
 
     def blocks(
-        self, store: Store, bases: Mapping[str, LayerBasis], loader: Iterable[Batch], grid: Sequence[float]
+        self, store: Store, bases: Mapping[str, LayerBasis] | None, loader: Iterable[Batch], grid: Sequence[float]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Preconditioned gradients of queries.
 
         Args:
             store: Whose rows they will meet.
-            bases: Of its layers; empty for no preconditioning.
+            bases: Of this rank's layers; None for no preconditioning.
             loader: Yields query batches, of any sizes.
             grid: Damping values.
 
@@ -99,12 +103,23 @@ class Scorer:
                 count = len(next(iter(queries.values())))
                 with clocked(self._timings, "scoring", self.device), exact_products():
                     # Layer after layer: its gradients go when the preconditioned ones come.
-                    for name in queries if bases else ():
-                        queries[name] = bases[name].precondition(queries[name], grid).flatten(0, 1)
+                    for place, name in enumerate(queries if bases is not None else ()):
+                        queries[name] = self._preconditioned(place, name, queries[name], bases or {}, grid)
                 yield count, queries
 
+    def _preconditioned(
+        self, place: int, name: str, queries: Tensor, bases: Mapping[str, LayerBasis], grid: Sequence[float]
+    ) -> Tensor:
+        """``(len(grid) * m, k)``, computed by the rank that the layer belongs to."""
+        owner = self._ranks.owner(place)
+        if self._ranks.rank == owner:
+            found = bases[name].precondition(queries, grid).flatten(0, 1)
+        else:
+            found = queries.new_empty(len(grid) * len(queries), queries.shape[1])
+        return self._ranks.send(owner, found)
+
     def shards(self, store: Store, prepared: Mapping[str, Tensor]) -> Iterator[tuple[range, Tensor]]:
-        """Sums over layers of the inner products of all rows with prepared queries, in one pass over a store.
+        """Sums over layers of the inner products of this rank's rows with prepared queries, in one pass over a store.
 
         Args:
             store: A complete store.
@@ -116,8 +131,9 @@ class Scorer:
         Raises:
             StoreError: A shard is missing, damaged or cannot be read.
         """
-        found = score_shards(store, prepared, self.device)
-        with progress_bar(store.n_samples, "scores", self._progress) as bar:
+        own = range(self._ranks.rank, store.n_shards, self._ranks.world)
+        found = score_shards(store, prepared, self.device, own)
+        with progress_bar(sum(len(store.shard_rows(number)) for number in own), "scores", self._progress) as bar:
             while True:
                 with clocked(self._timings, "scoring", self.device), exact_products():
                     item = next(found, None)
@@ -126,16 +142,16 @@ class Scorer:
                 yield item
                 bar.update(len(item[0]))
 
-    def self_influence(self, store: Store, bases: Mapping[str, LayerBasis], grid: Sequence[float]) -> Tensor:
+    def self_influence(self, store: Store, bases: Mapping[str, LayerBasis] | None, grid: Sequence[float]) -> Tensor:
         """Every row with itself.
 
         Args:
             store: A complete store.
-            bases: Of its layers; empty for no preconditioning.
+            bases: Of this rank's layers; None for no preconditioning.
             grid: Damping values.
 
         Returns:
-            ``(len(grid), n_samples)``.
+            ``(len(grid), n_samples)``; each rank adds up its layers, and the sum is over all.
 
         Raises:
             StoreError: A shard is missing, damaged or cannot be read.
@@ -143,14 +159,15 @@ class Scorer:
         self._start(bases, grid)
         result = torch.zeros(len(grid), store.n_samples, dtype=self._dtype, device=self.device)
         with clocked(self._timings, "scoring", self.device), exact_products():
-            for samples, name, rows in store.stream():
+            layers = [name for place, name in enumerate(store.layers) if self._ranks.owns(place)]
+            for samples, name, rows in store.stream(layers=layers) if layers else ():
                 for part, values in device_rows(rows, self._dtype, self.device):
                     place = result[:, samples.start + part.start : samples.start + part.stop]
-                    place += bases[name].self_influence(values, grid) if bases else values.square().sum(dim=1)
-        return result
+                    place += values.square().sum(dim=1) if bases is None else bases[name].self_influence(values, grid)
+        return self._ranks.add(result)
 
-    def _start(self, bases: Mapping[str, LayerBasis], grid: Sequence[float]) -> None:
-        warn_unresolved(list(bases.values()), grid)
+    def _start(self, bases: Mapping[str, LayerBasis] | None, grid: Sequence[float]) -> None:
+        warn_unresolved(list((bases or {}).values()), grid)
         self._timings["query_gradients"] = self._timings["scoring"] = 0.0
 
     def _portions(self, loader: Iterable[Batch], rows: int, bar: tqdm) -> Iterator[dict[str, Tensor]]:
@@ -178,13 +195,16 @@ class Scorer:
             yield _joined(held, self._dtype)
 
 
-def score_shards(store: Store, prepared: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[range, Tensor]]:
+def score_shards(
+    store: Store, prepared: Mapping[str, Tensor], device: torch.device, shards: Iterable[int] | None = None
+) -> Iterator[tuple[range, Tensor]]:
     """Sums over layers of the inner products of all rows with prepared queries, in one pass over a store.
 
     Args:
         store: A complete store.
         prepared: ``{layer: (columns, k_l)}`` on the device, in the dtype of the products.
         device: Where to compute.
+        shards: Numbers of the shards wanted; None for all.
 
     Yields:
         Sample indices of a shard, and ``(samples, columns)``.
@@ -193,7 +213,7 @@ def score_shards(store: Store, prepared: Mapping[str, Tensor], device: torch.dev
         StoreError: A shard is missing, damaged or cannot be read.
     """
     columns = next(iter(prepared.values()))
-    for samples, items in groupby(store.stream(), key=lambda item: item[0]):
+    for samples, items in groupby(store.stream(shards=shards), key=lambda item: item[0]):
         scores = torch.zeros(len(samples), len(columns), dtype=columns.dtype, device=device)
         for _, name, rows in items:
             for part, values in device_rows(rows, columns.dtype, device):

@@ -31,12 +31,17 @@ def attribute(
         raise UsageError(f"--json is {str(as_json)!r}, whose folder does not exist; make it first")
     # Imported here, so that `grass --help` does not wait for torch.
     from grass_lib.commands.tasks import StoreSource, influence_of
+    from grass_lib.experiments.base import resolve_device
+    from grass_lib.ranks import started_by_torchrun
     from grass_lib.store import GradientStore
 
     found = GradientStore.open(store)
     source = StoreSource.of_store(found)
-    task, influence = influence_of(source, store, device=device, progress=not quiet)
-    top = influence.topk([task.encode(text)], k=min(k, found.n_samples), **_damping(source.hessian, damping))
+    with started_by_torchrun(resolve_device(device)) as (ranks, place):
+        task, influence = influence_of(source, store, device=place, ranks=ranks, progress=not quiet)
+        top = influence.topk([task.encode(text)], k=min(k, found.n_samples), **_damping(source.hessian, damping))
+    if ranks.rank:
+        return
     result: dict[str, Any] = {
         "query": text,
         "store": source.to_json(),

@@ -19,8 +19,6 @@ FLAT = ("mlp_mnist",)
 MAX_QUERIES = 512
 """Most queries that held-out correlations of a flat mask are taken over."""
 RECIPES = ("default", "paper")
-RANKS = {"embedded": 16, "paper": 64}
-"""Rows of a sample's factors by scale: an eighth of the tokens of a block."""
 
 
 @dataclass(frozen=True)
@@ -162,68 +160,33 @@ def fit_masks(request: MaskRequest, file: Path, *, device: str = "auto", progres
 
 
 def _given(request: MaskRequest, model: str, data: str) -> dict[str, str]:
-    return {
-        "experiment": request.experiment,
-        "scale": request.scale,
-        "model": model,
-        "data": data,
-        "recipe": request.recipe,
-    }
-
-
-def _expected(request: MaskRequest, given: Mapping[str, str]) -> dict[str, str]:
-    """What a finished file of the same request says."""
-    return {**given, "spec": str(request.stage), "method": request.method, "seed": str(request.seed)}
+    return {"experiment": request.experiment, "scale": request.scale, "model": model, "data": data}
 
 
 def _fit_layers(request: MaskRequest, task: AttributionTask, file: Path, progress: bool) -> Fitted:
     from grass_lib.attribution.origin import model_sha256
+    from grass_lib.experiments.layer_masks import RANKS
     from grass_lib.gradients.layers import find_layers
-    from grass_lib.masks.factored import check_sides, choose, energy_sides, held_out_correlation, random_sides
-    from grass_lib.masks.factored import with_facts as noted
-    from grass_lib.masks.files import load_masks, save_masks
-    from grass_lib.masks.layer_samples import collect
-    from grass_lib.masks.overlap import overlap
+    from grass_lib.masks.stages import fit_stages
 
     shapes = find_layers(task.model, task.layers, include_head=task.include_head)
     sizes = {f"{name}/output": shape.d_out for name, shape in shapes.items()}
     sizes |= {f"{name}/input": shape.d_in for name, shape in shapes.items()}
-    given = _given(request, model_sha256(task.model), task.data_sha256)
-    if file.exists():
-        return Fitted(load_masks(file, expect=_expected(request, given), layers=shapes), True, sizes)
-    k = check_sides(request.stage.dims)
-    found, n = collect(
+    found = fit_stages(
         task.model,
         task.loss,
         task.train,
+        {request.stage: file},
         layers=task.layers,
         include_head=task.include_head,
+        method=request.method,
+        recipe=request.recipe,
         seed=request.seed,
         rank=RANKS[request.scale],
+        provenance=_given(request, model_sha256(task.model), task.data_sha256),
         progress=progress,
-    )
-    masks = choose(
-        found, n, k, method=request.method, seed=request.seed, provenance=given, progress=progress, **request.options
-    )
-    for name, layer in found.items():
-        counts = min(k[0], layer.shape.d_out), min(k[1], layer.shape.d_in)
-        by_energy, at_random = energy_sides(layer, counts), random_sides(name, layer.shape, counts, request.seed)
-        kept = masks[f"{name}/output"].indices, masks[f"{name}/input"].indices
-        shared = {
-            "kept_energy": f"{layer.kept_energy:.6f}",
-            "held_out_correlation": f"{held_out_correlation(layer, kept):.6f}",
-            "energy_correlation": f"{held_out_correlation(layer, by_energy):.6f}",
-            "random_correlation": f"{held_out_correlation(layer, at_random):.6f}",
-        }
-        for place, side in enumerate(("output", "input")):
-            facts = {
-                **shared,
-                "overlap_energy": f"{overlap(kept[place], by_energy[place]):.6f}",
-                "overlap_random": f"{overlap(kept[place], at_random[place]):.6f}",
-            }
-            masks[f"{name}/{side}"] = noted(masks[f"{name}/{side}"], facts)
-    save_masks(file, masks)
-    return Fitted(masks, False, sizes)
+    )[request.stage]
+    return Fitted(found.masks, found.reused, sizes)
 
 
 def _fit_flat(request: MaskRequest, file: Path, device: str, progress: bool) -> Fitted:
@@ -248,10 +211,14 @@ def _fit_flat(request: MaskRequest, file: Path, device: str, progress: bool) -> 
     checkpoints = mlp_mnist.trak_checkpoints(protocol, data, networks, seed=seed, device=device, progress=progress)
     model.load_state_dict(checkpoints[0])
     model.to(device)
-    given = _given(request, model_sha256(model), data.sha256)
+    given = {
+        **_given(request, model_sha256(model), data.sha256),
+        "recipe": request.recipe,
+        "spec": str(request.stage),
+    }
     if file.exists():
         mask = Mask.load(file)
-        mask.check(k, p, _expected(request, given))
+        mask.check(k, p, {**given, "method": request.method, "seed": str(seed)})
         return Fitted({"": mask}, True, sizes)
     gradients = PerSampleGradients(model, margin)
     source = GradientSource.from_model(gradients, mlp_mnist.batches(data.train_x, data.train_y))
@@ -260,7 +227,7 @@ def _fit_flat(request: MaskRequest, file: Path, device: str, progress: bool) -> 
         k,
         method=request.method,
         seed=seed,
-        provenance={**given, "spec": str(request.stage)},
+        provenance=given,
         progress=progress,
         **request.options,
     )

@@ -115,6 +115,9 @@ def cache(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    masks: Annotated[
+        str, typer.Option(help="How selective masks are chosen: random, energy or learned (without: learned).")
+    ] = "",
     worker: Annotated[
         str, typer.Option(metavar="I/N", help="Write only the shards that leave I modulo N, such as 0/3.")
     ] = "0/1",
@@ -124,8 +127,13 @@ def cache(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Compute the compressed gradients of an experiment's training data."""
+    """Compute the compressed gradients of an experiment's training data.
+
+    On several GPUs of one machine: torchrun --nproc-per-node N -m grass_lib store cache ...
+    """
     from grass_lib.commands.tasks import influence_of, planned_source
+    from grass_lib.experiments.base import resolve_device
+    from grass_lib.ranks import started_by_torchrun
     from grass_lib.runner.parameters import split_assignments
     from grass_lib.store import GradientStore
 
@@ -139,11 +147,17 @@ def cache(
         hessian=hessian,
         seed=seed,
         dtype=dtype,
+        masks=masks,
     )
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"--shard-size is {shard_size}; expected at least 1")
-    task, influence = influence_of(source, store, shard_size=shard_size, device=device, progress=not quiet)
-    influence.cache(task.train, n_samples=task.n_train, worker=number, n_workers=count)
+    with started_by_torchrun(resolve_device(device)) as (ranks, place):
+        task, influence = influence_of(
+            source, store, shard_size=shard_size, device=place, ranks=ranks, progress=not quiet
+        )
+        influence.cache(task.train, n_samples=task.n_train, worker=number, n_workers=count)
+    if ranks.rank:
+        return
     found = GradientStore.open(store)
     missing = len(found.missing())
     state = "complete" if not missing else f"{missing} of {found.n_shards} shards left to other workers"

@@ -12,6 +12,8 @@ from grass_lib.errors import StoreError, UsageError
 if TYPE_CHECKING:
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import AttributionTask
+    from grass_lib.gradients.factored import LayerMasks
+    from grass_lib.ranks import Ranks
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
@@ -30,6 +32,7 @@ class StoreSource:
         hessian: ``eFIM`` or ``Identity``.
         seed: Of the random maps.
         dtype: Of the stored rows.
+        masks: How the masks of a selective stage 1 are chosen; empty where there are none.
     """
 
     experiment: str
@@ -40,6 +43,7 @@ class StoreSource:
     hessian: str
     seed: int
     dtype: str
+    masks: str = ""
 
     @classmethod
     def of_store(cls, store: Any) -> StoreSource:
@@ -55,11 +59,12 @@ class StoreSource:
                 f"the store {store.path} does not say what it was cached from ({', '.join(missing)} missing in its "
                 "manifest); stores of `grass store cache` and of notebooks do"
             )
-        return cls(**{name: source[name] for name in SOURCE_FIELDS})
+        return cls(**{name: source[name] for name in SOURCE_FIELDS}, masks=source.get("masks") or "")
 
     def to_json(self) -> dict[str, Any]:
         """For a store's manifest."""
-        return {name: getattr(self, name) for name in SOURCE_FIELDS} | {"parameters": dict(self.parameters)}
+        found = {name: getattr(self, name) for name in SOURCE_FIELDS} | {"parameters": dict(self.parameters)}
+        return found | ({"masks": self.masks} if self.masks else {})
 
 
 def planned_source(
@@ -72,6 +77,7 @@ def planned_source(
     hessian: str,
     seed: int,
     dtype: str,
+    masks: str = "",
 ) -> StoreSource:
     """Checks everything that a user typed, before any model or data is loaded.
 
@@ -84,10 +90,12 @@ def planned_source(
         hessian: ``eFIM`` or ``Identity``.
         seed: Of everything random.
         dtype: Of the stored rows.
+        masks: How the masks of a selective stage 1 are chosen; empty for ``learned``.
 
     Raises:
         UsageError: Something cannot work.
     """
+    from grass_lib.masks.factored import FACTORED_METHODS
     from grass_lib.project import project_root
     from grass_lib.runner.parameters import read_parameters, resolve
     from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
@@ -101,6 +109,11 @@ def planned_source(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     spec = CompressionSpec.parse(sparsification=sparsification, projection=projection)
+    selective = spec.sparsification.needs_mask_file
+    if masks and not selective:
+        raise UsageError(f"--masks is for selective masks, and {spec} has none; leave it out")
+    if masks and masks not in FACTORED_METHODS:
+        raise UsageError(f"--masks is {masks!r}; expected one of {', '.join(FACTORED_METHODS)}")
     parameters = resolve(read_parameters(template_path(project_root(), found)), assignments, experiment=name)
     if "seed" in parameters:
         parameters["seed"] = seed
@@ -119,6 +132,7 @@ def planned_source(
         hessian=parse_hessian(hessian),
         seed=seed,
         dtype=dtype,
+        masks=(masks or "learned") if selective else "",
     )
 
 
@@ -128,6 +142,7 @@ def influence_of(
     *,
     shard_size: int | None = None,
     device: str = "auto",
+    ranks: Ranks | None = None,
     progress: bool = True,
 ) -> tuple[AttributionTask, InfluenceFunction]:
     """The experiment's task, and the influence function on a store of it.
@@ -137,6 +152,7 @@ def influence_of(
         store: Its folder.
         shard_size: Samples in a shard of a store to be made.
         device: ``auto``, ``cpu`` or ``cuda``.
+        ranks: Processes that share the work; what is trained or fitted first is so by the first of them.
         progress: Whether bars are shown.
 
     Raises:
@@ -147,12 +163,37 @@ def influence_of(
 
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import resolve_device
+    from grass_lib.experiments.layer_masks import fit_layer_masks, masks_folder
+    from grass_lib.ranks import Ranks
     from grass_lib.runner.planning import experiments_by_name
+    from grass_lib.specs import CompressionSpec
 
     build = experiments_by_name()[source.experiment].attribution_task
     if build is None:
         raise UsageError(f"{source.experiment} keeps no gradient store")
-    task = build(source.scale, source.parameters, resolve_device(device))
+    spec = CompressionSpec.parse(sparsification=source.sparsification, projection=source.projection)
+    together = Ranks() if ranks is None else ranks
+    shown = progress and together.rank == 0
+
+    def prepare() -> tuple[AttributionTask, LayerMasks | None]:
+        task = build(source.scale, source.parameters, resolve_device(device))
+        fitted = fit_layer_masks(
+            task.model,
+            task.loss,
+            task.train,
+            [spec],
+            masks_folder(source.experiment, source.scale),
+            layers=task.layers,
+            include_head=task.include_head,
+            data_sha256=task.data_sha256,
+            scale=source.scale,
+            method=source.masks or "learned",
+            seed=source.seed,
+            progress=shown,
+        )
+        return task, fitted[spec.sparsification].masks if fitted else None
+
+    task, masks = together.first(prepare)
     influence = InfluenceFunction(
         task.model,
         task.loss,
@@ -164,10 +205,12 @@ def influence_of(
         hessian=source.hessian,
         store=store,
         dtype=getattr(torch, source.dtype),
+        masks=masks,
         seed=source.seed,
         shard_size=shard_size,
         fingerprint={"data": task.data_sha256},
         source=source.to_json(),
+        ranks=together,
         progress=progress,
     )
     return task, influence

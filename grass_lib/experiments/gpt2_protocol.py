@@ -37,6 +37,8 @@ class Protocol:
         recipe: How models are fine-tuned.
         base_recipe: How a base model is trained from scratch.
         ks: Compressed sizes of a layer, squares.
+        families: Types of stage 1 without a stage 2.
+        factgrass: Masks of stage 1 before an SJLT.
         dampings: Grid of relative damping.
     """
 
@@ -54,6 +56,8 @@ class Protocol:
     recipe: TextRecipe
     base_recipe: TextRecipe
     ks: tuple[int, ...]
+    families: tuple[str, ...] = ("random_mask", "selective_mask", "sjlt", "normal")
+    factgrass: tuple[str, ...] = ("random_mask", "selective_mask")
     dampings: tuple[float, ...] = RELATIVE_DAMPINGS
 
     @property
@@ -62,12 +66,12 @@ class Protocol:
         return "official" if self.base == "pretrained" else "substitute"
 
     def specs(self) -> tuple[str, ...]:
-        """The compressions to compare, size by size: masks, sjlt, LoGra and FactGraSS."""
+        """The compressions to compare, size by size: masks, sjlt, LoGra and FactGraSS, masks random and selective."""
         found = []
         for k in self.ks:
             side = math.isqrt(k)
-            found += [f"{family}-{side}*{side}->identity" for family in ("random_mask", "sjlt", "normal")]
-            found.append(f"random_mask-{2 * side}*{2 * side}->sjlt-{k}")
+            found += [f"{family}-{side}*{side}->identity" for family in self.families]
+            found += [f"{mask}-{2 * side}*{2 * side}->sjlt-{k}" for mask in self.factgrass]
         return tuple(found)
 
     def damping_grid(self) -> tuple[float, ...]:
@@ -95,8 +99,8 @@ class Protocol:
                 f"{spec} sparsifies whole gradients, and this experiment compresses layer by layer; expected a "
                 f"factored sparsification such as {first.family}-64*64, or identity"
             )
-        if spec.needs_mask_file:
-            raise SpecError(f"{spec} needs mask files, and this experiment has none; use random_mask instead")
+        if spec.projection.needs_mask_file:
+            raise SpecError(f"{spec} has a selective mask as its stage 2; masks of layers are a stage 1")
         if not first.is_mask:
             for side in first.dims:
                 # The shortest side of all layers; masks keep what there is, other types may not be able to.
@@ -145,6 +149,7 @@ def protocol(scale: str, *, n_lds: int = 0, data: str = wikitext.OFFICIAL, base:
                 lr=3e-3, epochs=1, batch_size=4, schedule="cosine", warmup=0.05, reshuffle=True, dropout=0.0
             ),
             ks=(16, 64, 256),
+            factgrass=("random_mask",),
         )
     else:
         n_train, n_query = wikitext.SIZES[data]

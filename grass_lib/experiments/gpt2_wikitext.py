@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from grass_lib.experiments.data.tokenizers import tokenizer_fingerprint, tokeniz
 from grass_lib.experiments.data.wikipedia import articles_fingerprint, load_article_blocks
 from grass_lib.experiments.gpt2_banks import attribution_checkpoint, base_weights, train_lds_bank
 from grass_lib.experiments.gpt2_protocol import WIKIPEDIA, Protocol, check_scale, protocol
+from grass_lib.experiments.layer_masks import fit_layer_masks
 from grass_lib.experiments.models.gpt2 import build_gpt2, load_weights, pretrained_problems
 from grass_lib.gradients.language import causal_loss, causal_margin
+from grass_lib.masks import FACTORED_METHODS
+from grass_lib.masks.stages import StageMasks
 from grass_lib.project import runs_root
-from grass_lib.specs import parse_hessian
+from grass_lib.specs import CompressionSpec, StageSpec, parse_hessian
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GALLERY_LIMIT = 6
@@ -77,6 +80,47 @@ def make_model(protocol: Protocol, weights: Mapping[str, Tensor] | None = None, 
     return model.to(resolve_device(device))
 
 
+def fit_masks(
+    model: Any,
+    data: TextBlocks,
+    compressions: Iterable[CompressionSpec],
+    folder: str | Path,
+    *,
+    scale: str,
+    method: str = "learned",
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[StageSpec, StageMasks]:
+    """The masks that selective compressions need, by their stage 1; see `fit_layer_masks`.
+
+    Args:
+        model: From `make_model`, trained.
+        data: Of the same protocol.
+        compressions: All compressions.
+        folder: Where masks are kept.
+        scale: ``embedded`` or ``paper``.
+        method: One of `FACTORED_METHODS`.
+        seed: Of every random choice.
+        batch_size: Blocks in a pass.
+        progress: Shows bars when it lasts more than 3 s.
+    """
+    return fit_layer_masks(
+        model,
+        causal_loss,
+        batches(data.train_ids, batch_size),
+        compressions,
+        Path(folder),
+        layers=LAYERS,
+        include_head=False,
+        data_sha256=blocks_hash(data.train_ids),
+        scale=scale,
+        method=method,
+        seed=seed,
+        progress=progress,
+    )
+
+
 def validate(scale: str, parameters: Mapping[str, Any]) -> None:
     """Checks the notebook's parameters before anything runs.
 
@@ -92,6 +136,8 @@ def validate(scale: str, parameters: Mapping[str, Any]) -> None:
     parse_hessian(parameters["hessian"])
     if parameters["dtype"] not in DTYPES:
         raise UsageError(f"dtype is {parameters['dtype']!r}; expected one of {', '.join(DTYPES)}")
+    if parameters["masks"] not in FACTORED_METHODS:
+        raise UsageError(f"masks is {parameters['masks']!r}; expected one of {', '.join(FACTORED_METHODS)}")
     if parameters["batch_size"] < 1:
         raise UsageError(f"batch_size is {parameters['batch_size']}; expected 1 or more blocks")
     if not 0 <= parameters["gallery"] <= GALLERY_LIMIT:
@@ -214,6 +260,7 @@ __all__ = [
     "batches",
     "check",
     "data_fingerprint",
+    "fit_masks",
     "load_data",
     "make_model",
     "networks_folder",

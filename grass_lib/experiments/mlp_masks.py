@@ -145,15 +145,13 @@ class MaskFitter:
             seed: Of the mask.
         """
         model = self._model(checkpoint)
-        method, options = way, dict[str, Any]()
-        if way == PAPER_WAY:
-            method, options = "learned", {"recipe": "paper"}
+        method, recipe = ("learned", "paper") if way == PAPER_WAY else (way, "default")
         origin = {
             "model": model_sha256(model),
             "data": self._data.sha256,
             "rows": str(self._rows),
             "spec": f"selective_mask-{k}",
-            "recipe": options.get("recipe", "default"),
+            "recipe": recipe,
         }
         expected = {**origin, "method": method, "seed": str(seed)}
         digest = hashlib.sha256(repr(sorted(expected.items())).encode()).hexdigest()[:16]
@@ -163,6 +161,7 @@ class MaskFitter:
             mask.check(k, PARAMETERS, expected)
         else:
             start = time.perf_counter()
+            options: dict[str, Any] = {"recipe": "paper"} if recipe == "paper" else {}
             mask = fit(
                 self._train(model),
                 k,

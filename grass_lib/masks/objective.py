@@ -163,8 +163,8 @@ class LearnedRecipe:
             raise UsageError(f"floor is {self.floor}; expected 0 or more")
         if self.start not in ("alignment", "energy", "random") or self.choose not in ("best", "last"):
             raise UsageError(
-                f"start is {self.start!r} and choose {self.choose!r}; expected alignment, energy or random, and best or "
-                "last"
+                f"start is {self.start!r} and choose {self.choose!r}; expected alignment, energy or random, and best "
+                "or last"
             )
 
     @classmethod

@@ -25,6 +25,8 @@ METRIC_TITLES = {
     "projection_seconds": "projection time (s)",
     THROUGHPUT: "throughput, % faster than LoGra",
 }
+#: Studies whose rows stand for those of a pair: the published masks were one for all networks, and learned.
+STUDIES = {"mlp_masks": "mlp_mnist"}
 #: Parameters that choose other data or another model than the paper's, quoted in reasons.
 CHOICES = ("data", "base")
 FIELDS = (
@@ -103,8 +105,11 @@ class _Index:
     def rows(self) -> dict[tuple[str, str, str, str], list[Measured]]:
         found: dict[tuple[str, str, str, str], list[Measured]] = {}
         for record in self.records:
+            pair = STUDIES.get(record.experiment, record.experiment)
             for row in record.results:
-                key = (record.experiment, row["attributor"], row["sparsification"], row["projection"])
+                if "way" in row and not (row["way"] == "learned" and row["shared"]):
+                    continue
+                key = (pair, row["attributor"], row["sparsification"], row["projection"])
                 found.setdefault(key, []).append(Measured(record, row))
         return found
 
@@ -134,7 +139,9 @@ def _not_run(index: _Index, published: Mapping[str, Any], projection: str, regis
     if experiment not in registered:
         return "this version has no notebook for the pair"
     if selective:
-        return "needs a mask that is fitted on the training data, which no paper-scale run here has used"
+        study = next((name for name, pair in STUDIES.items() if pair == experiment), experiment)
+        run = f"`grass run {study} --scale paper`"
+        return f"needs a mask that is fitted to the training data, which no paper-scale run here has used; {run} does"
     stages = f"--sparsification '{published['sparsification']}' --projection '{projection}'"
     if record is None:
         return f"no finished run at paper scale; make one with `grass run {experiment} --scale paper`"
@@ -167,12 +174,21 @@ def _damping_text(published: Mapping[str, Any], item: Measured) -> str:
     return f"; damping {damping:g} relative to the mean eigenvalue, published {published['damping']:g} absolute"
 
 
+def _mask_text(item: Measured) -> str:
+    """How the mask of a selective row was chosen; the reference learned its masks at a network that was not trained."""
+    if "way" in item.row:
+        return "; one mask for all networks, learned at the first trained one"
+    return f"; masks chosen by {item.row['masks']} at the trained model" if item.row.get("masks") else ""
+
+
 def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
     lds = item.row["lds"]
     difference = lds["mean"] - published["lds"]
     half = (lds["interval"][1] - lds["interval"][0]) / 2 if lds.get("interval") else 0.0
     allowed = max(TOLERANCE, half)
-    detail = _damping_text(published, item) + f"; {lds['n_models']} models, {lds['n_queries']} queries"
+    detail = (
+        _damping_text(published, item) + _mask_text(item) + f"; {lds['n_models']} models, {lds['n_queries']} queries"
+    )
     if item.record.data["kind"] == "subset":
         detail += ", a subset of the paper's data"
     if item.record.data["kind"] == "recompressed":

@@ -75,6 +75,22 @@ def _signed_interval(interval: Sequence[float]) -> str:
     return f"{interval[0]:+.3f} to {interval[1]:+.3f}"
 
 
+def layer_mask_table(kept: Iterable[Row]) -> pd.DataFrame:
+    """One row per size of a layer's masks: held-out correlations of the masks used, of energy masks and of random ones.
+
+    Args:
+        kept: rows with ``stage``, ``method``, ``held_out``, ``energy`` and ``random``.
+    """
+    import pandas as pd
+
+    names = {"held_out": "These masks", "energy": "By energy", "random": "Random"}
+    records = [
+        {"Masks": row["stage"], "Chosen by": row["method"], **{label: row[name] for name, label in names.items()}}
+        for row in kept
+    ]
+    return with_formats(pd.DataFrame(records), dict.fromkeys(names.values(), "{:.3f}"))
+
+
 def cost_table(fits: Iterable[Row]) -> pd.DataFrame:
     """Seconds of fitting one mask.
 
@@ -195,11 +211,12 @@ def difference_figure(differences: Sequence[Row], *, title: str = "") -> Figure:
     return figure
 
 
-def pixel_figure(counts: Mapping[str, np.ndarray], *, title: str = "") -> Figure:
+def pixel_figure(counts: Mapping[str, np.ndarray], *, k: int, title: str = "") -> Figure:
     """For each way, how many of the first layer's weights are kept at each pixel.
 
     Args:
         counts: ``{way: (height, width)}``; one scale of colours for all.
+        k: coordinates that each mask keeps in all layers together.
         title: title above the panels.
     """
     import matplotlib.pyplot as plt
@@ -208,11 +225,12 @@ def pixel_figure(counts: Mapping[str, np.ndarray], *, title: str = "") -> Figure
     highest = max(1.0, *(float(np.max(image)) for image in counts.values()))
     with figure_style():
         figure, panels = plt.subplots(
-            1, len(counts), figsize=(1.75 * len(counts) + 0.9, 2.5), layout="constrained", squeeze=False
+            1, len(counts), figsize=(1.75 * len(counts) + 0.9, 2.7), layout="constrained", squeeze=False
         )
         for axes, (way, image) in zip(panels[0], counts.items(), strict=True):
             axes.imshow(np.asarray(image), cmap="viridis", vmin=0, vmax=highest, interpolation="nearest")
             axes.set_title(_label(way).replace(", ", ",\n"), fontsize=9.5)
+            axes.set_xlabel(f"{int(np.sum(image)):,} of {k:,}", fontsize=9.5)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
@@ -231,9 +249,14 @@ def draw(record: RunRecord, title: str) -> dict[str, Figure]:
         record: of a run that compared masks.
         title: title above them.
     """
+    import numpy as np
+
+    largest = max(int(row["k"]) for row in mask_rows(record.results))
+    pixels = {way: np.asarray(image) for way, image in record.extra["pixels"].items()}
     return {
         "correlation": correlation_figure(record.extra["correlations"], title=title),
         "lds_difference": difference_figure(record.extra["differences"], title=title),
+        "pixels": pixel_figure(pixels, k=largest, title=title),
     }
 
 

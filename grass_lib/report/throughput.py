@@ -90,6 +90,7 @@ def speed_figure(result: Result) -> Figure:
         names = [f"{_short(row)}, batch {row['batch']}" for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=8)
         axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 1.3 * max([*speeds, floor or 0.0]))
         axes.set_xlabel("tokens/s")
     return figure
@@ -160,7 +161,9 @@ def goal_table(result: Result) -> str:
     for goal in result["goals"]:
         sign = "at most" if goal["at_most"] else "at least"
         verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.0%}"
-        limit, found = f"{goal['limit']:g} {goal['unit']}", f"{goal['measured']:.4g} {goal['unit']}"
+        limit, found = (
+            f"{value} {goal['unit']}".strip() for value in (f"{goal['limit']:g}", f"{goal['measured']:.4g}")
+        )
         lines.append(f"| {goal['goal']} | {sign} {limit} | {found} | {verdict} |")
     return "\n".join(lines) + "\n"
 

@@ -159,9 +159,9 @@ def test_queries_in_several_passes(monkeypatch):
     whole, best = found.attribute(query, [0.1, 1.0]), found.topk(query, 3)
     passes = []
 
-    def counted(store, prepared, device):
+    def counted(store, prepared, *rest):
         passes.append(len(prepared["head"]))
-        return score_shards(store, prepared, device)
+        return score_shards(store, prepared, *rest)
 
     monkeypatch.setattr("grass_lib.attribution.scoring.score_shards", counted)
     monkeypatch.setattr("grass_lib.attribution.scoring.CPU_QUERY_BYTES", 3 * 4 * (53 * 3 + 2 * 8))

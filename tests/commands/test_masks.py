@@ -9,11 +9,13 @@ from torch.nn import functional
 
 from grass_lib.cli import main
 from grass_lib.commands import mask_tasks
+from grass_lib.commands.tasks import StoreSource, influence_of
 from grass_lib.experiments.base import AttributionTask
 from grass_lib.gradients import FactoredGradients
 from grass_lib.masks import load_masks
 from grass_lib.projection import Mask
 from grass_lib.specs import StageSpec
+from grass_lib.store import GradientStore
 
 N = 40
 
@@ -87,6 +89,44 @@ def test_layers_are_fitted_reported_and_used_again(toy, grass, tmp_path):
     assert "used again" in again
     assert again.splitlines()[1:] == out.splitlines()[1:]
     assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, when)
+
+
+def test_a_store_of_selective_masks_is_rebuilt_with_the_same_masks(toy, tmp_path):
+    source = StoreSource(
+        "toy", "embedded", {}, "selective_mask-3*3", "identity", "Identity", seed=0, dtype="float32", masks="energy"
+    )
+    task, influence = influence_of(source, tmp_path / "store", device="cpu", progress=False)
+    influence.cache(task.train, n_samples=task.n_train)
+    (file,) = (tmp_path / "runs/shared/toy-embedded-masks").iterdir()
+    when = file.stat().st_mtime_ns
+    found = StoreSource.of_store(GradientStore.open(tmp_path / "store"))
+    assert found == source
+    again, asked = influence_of(found, tmp_path / "store", device="cpu", progress=False)
+    assert file.stat().st_mtime_ns == when
+    torch.testing.assert_close(asked.attribute(again.train), influence.attribute(task.train))
+    full = FactoredGradients(toy, loss, layers="linear")
+    masks = load_masks(file)
+    rows = GradientStore.open(tmp_path / "store").read(0)
+    whole = full(task.train[0])[0]
+    for name, row in rows.items():
+        kept = masks[f"{name}/output"].indices, masks[f"{name}/input"].indices
+        shape = full.layers[name]
+        wanted = whole[name].view(8, shape.d_out, shape.d_in)[:, kept[0]][:, :, kept[1]].flatten(1)
+        torch.testing.assert_close(row[:8], wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sparsification", "random_mask-3*3", "--masks", "energy"], "leave it out"),
+        (["--sparsification", "selective_mask-3*3", "--masks", "leverage"], "random, energy, learned"),
+    ],
+)
+def test_masks_of_a_store_are_checked_first(capsys, tmp_path, words, message):
+    code = main(["store", "cache", "gpt2_wikitext", "--store", str(tmp_path / "store"), *words])
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_file_of_another_request_or_model_is_refused(toy, grass, tmp_path):

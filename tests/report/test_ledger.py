@@ -193,6 +193,32 @@ def test_missing_factored_rows_say_which_command_makes_them(monkeypatch):
     assert "`grass run gpt2_wikitext --scale paper`" in nothing["reason"]
 
 
+def test_rows_of_the_study_of_masks_stand_for_the_pair():
+    """Those of one learned mask for all networks, as in the published runs; of several seeds the first."""
+
+    def of(way, shared, seed, mean):
+        return result("selective_mask-4096", mean, way=way, shared=shared, seed=seed)
+
+    run = record(
+        *(of("random", True, 0, 0.1), of("learned", False, 0, 0.2), of("learned", True, 0, 0.41)),
+        *(of("learned", True, 1, 0.5), of("energy", True, 0, 0.6)),
+        experiment="mlp_masks",
+    )
+    row = find(ledger_rows([run]), "selective_mask-4096")
+    assert (row["measured"], row["verdict"]) == (0.41, "reproduced")
+    assert "one mask for all networks" in row["reason"]
+    missing = find(ledger_rows([run]), "selective_mask-2048")
+    assert "`grass run mlp_masks --scale paper`" in missing["reason"]
+    assert find(ledger_rows([run]), "sjlt-4096")["verdict"] == "not run"
+
+
+def test_selective_masks_of_layers_say_how_they_were_chosen():
+    run = gpt2(factored("selective_mask-16*16", mean=0.2, masks="energy"))
+    row = find(ledger_rows([run]), "identity", sparsification="selective_mask-16*16", experiment="gpt2_wikitext")
+    assert row["measured"] == 0.2
+    assert "chosen by energy at the trained model" in row["reason"]
+
+
 def test_metrics_have_words():
     assert {row["metric"] for row in ledger_rows([])} == set(METRIC_TITLES)
     assert not any("_" in title for title in METRIC_TITLES.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +14,8 @@ import pytest
 
 pytestmark = pytest.mark.system
 
-PAGES = (
-    "book/index",
-    "book/method",
-    "book/reproduce",
-    "book/executed/mlp_mnist_embedded",
-    "book/executed/mlp_mnist_paper",
-    "book/executed/gpt2_wikitext_embedded",
-    "book/executed/gpt2_wikitext_paper",
-    "book/pairs",
-    "book/ledger",
-    "book/references",
-)
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = re.findall(r"(?:root|file): (book/\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))
 FLAGS = (
     "--headless",
     "--no-sandbox",
