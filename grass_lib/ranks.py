@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from grass_lib.errors import GrassError, UsageError
 
@@ -169,7 +168,12 @@ class Ranks:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are spread over ranks (FSDP): then all ranks take part in every pass of any of them."""
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
+    return any(is_distributed(weight) for weight in model.parameters())
+
+
+def is_distributed(value: object) -> bool:
+    """Whether a value is a DTensor; asked by its method, since importing the class takes longer than PyTorch itself."""
+    return hasattr(value, "full_tensor")
 
 
 @contextmanager

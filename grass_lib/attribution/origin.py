@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from grass_lib import __version__
 from grass_lib.attribution.caching import default_shard_size
@@ -18,6 +17,7 @@ from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients, LayerMasks
 from grass_lib.gradients.outputs import Output
 from grass_lib.projection import Mask
+from grass_lib.ranks import is_distributed
 from grass_lib.store import GradientStore, MemoryStore, Store
 from grass_lib.store.base import shard_list
 from grass_lib.store.manifest import DTYPES
@@ -178,7 +178,7 @@ def model_sha256(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a model's weights and buffers, in the order of its state dict."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if isinstance(value, DTensor):  # of a model that is sharded over ranks: all of them come here together
+        if is_distributed(value):  # of a model that is sharded over ranks: all of them come here together
             value = value.full_tensor()
         if isinstance(value, Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
