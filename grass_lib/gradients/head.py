@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from grass_lib.errors import UsageError
@@ -105,6 +106,11 @@ def _parts(model: Any) -> tuple[Any, nn.Linear]:
         raise UsageError(
             f"the {type(model).__name__} has no body and linear output layer that chunked_causal_loss could run one "
             "after the other; expected a causal language model of transformers, or use causal_loss"
+        )
+    if isinstance(layer.weight, DTensor):
+        raise UsageError(
+            f"the output layer of the {type(model).__name__} is sharded over ranks, and chunked_causal_loss needs it "
+            "whole; leave it out of fully_shard, or use causal_loss"
         )
     changed = [name for name in _CHANGED_LOGITS if getattr(getattr(model, "config", None), name, None) not in (None, 1)]
     if changed:
