@@ -54,11 +54,11 @@ def trained_mlp(data: TensorDataset, device: torch.device, seed: int = 0) -> nn.
     return model
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The least of several timings, after one warm-up; processor time on a CPU, which other programs disturb less."""
+def seconds(work: Callable[[], object], device: torch.device, repeats: int, *, warm_up: bool = True) -> float:
+    """The least of several timings, after a warm-up; processor time on a CPU, which other programs disturb less."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     found = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = clock()
@@ -66,7 +66,7 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
         if device.type == "cuda":
             torch.cuda.synchronize()
         found.append(clock() - start)
-    return min(found[1:])
+    return min(found[warm_up:])
 
 
 def in_float32(train: Tensor, query: Tensor, damping: float) -> Tensor | None:

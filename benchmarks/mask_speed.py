@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     goals = GOALS[torch.device(options.device).type]
     for row in rows:
         goal = goals.get(row["part"])
-        text = f"{row['part']:<7} {row['what']:<10} {row['seconds']:8.1f} s  {row['processor_seconds']:8.1f} s of threads  {row['bytes'] / 2**30:6.2f} GiB"
+        seconds = f"{row['seconds']:8.1f} s {row['processor_seconds']:8.1f} s of threads"
+        text = f"{row['part']:<7} {row['what']:<10} {seconds} {row['bytes'] / 2**30:6.2f} GiB"
         correlation = row.get("correlation")
         text += f"  correlation {correlation:.3f}" if correlation is not None else ""
         print(text + (f"  (goal {goal:.0f} s)" if goal else ""))

@@ -17,10 +17,12 @@ from rich.markup import escape
 from grass_lib.bench.command import app as bench_app
 from grass_lib.cli_output import console_for, near, show_doctor, show_ledger, show_outcome, show_plan
 from grass_lib.commands.attribute import attribute
+from grass_lib.commands.jobs import app as jobs_app
 from grass_lib.commands.masks import masks
+from grass_lib.commands.slurm import NoWait, SlurmOptions, run_on_slurm, slurm_settings
 from grass_lib.commands.store import app as store_app
 from grass_lib.errors import GrassError, UsageError
-from grass_lib.runner.execute import INTERRUPTED, Outcome, preflight, run_all
+from grass_lib.runner.execute import INTERRUPTED, Outcome, check_outcomes, preflight, run_all
 from grass_lib.runner.parameters import describe, read_parameters, split_assignments
 from grass_lib.runner.planning import PlannedRun, experiments_by_name, plan, template_path
 
@@ -54,6 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(store_app, name="store")
+app.add_typer(jobs_app, name="jobs")
 app.command()(attribute)
 app.command()(masks)
 EXECUTORS = ("local", "slurm")
@@ -151,10 +154,13 @@ def run(
         str | None, typer.Option(help="eFIM or Identity, for experiments with influence functions.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
-    jobs: Annotated[int, typer.Option("-j", "--jobs", help="Runs at a time; 1 where they share a GPU.")] = 1,
-    executor: Annotated[
-        str, typer.Option(help="local, or slurm (one job per run, needs the package submitit).")
-    ] = "local",
+    jobs: Annotated[
+        int | None,
+        typer.Option("-j", "--jobs", help="Runs at a time: here 1 unless said, on a cluster as many as it gives."),
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local, or slurm: one job per run, see `grass jobs`.")] = "local",
+    slurm: SlurmOptions = None,
+    no_wait: NoWait = False,
     force: Annotated[
         bool, typer.Option("--force", help="Execute finished runs too; what their store/ holds is used again.")
     ] = False,
@@ -170,11 +176,8 @@ def run(
         return
     if executor not in EXECUTORS:
         raise UsageError(f"--executor is {executor!r}, expected local or slurm")
-    if executor == "slurm":
-        from grass_lib.runner.slurm import require_submitit
-
-        require_submitit()
-    if jobs < 1:
+    settings = slurm_settings(executor, slurm or (), no_wait)
+    if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs is {jobs}, expected a whole number >= 1")
     planned = plan(
         experiments or (),
@@ -185,6 +188,9 @@ def run(
         hessian=hessian,
         seed=seed,
     )
+    if settings is not None:
+        run_on_slurm(planned, settings, parallel=jobs, force=force, wait=not no_wait, dry_run=dry_run)
+        return
     if dry_run:
         show_plan(planned, force)
     runnable = [item for item in planned if not item.problems or (item.finished and not force)]
@@ -192,25 +198,19 @@ def run(
         raise UsageError("; ".join(f"{item.experiment}: {'; '.join(item.problems)}" for item in planned))
     if dry_run:
         return
+    jobs = jobs or 1
     preflight(jobs)
     try:
         with _terminable():
-            outcomes = _execute(planned, executor, jobs, force, progress=not quiet)
+            outcomes = _execute(planned, jobs, force, progress=not quiet)
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
         console_for(stderr=True).print("stopped; run the same command again to go on")
         raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from error
-    failed = [item for item in outcomes if item.state not in ("done", "skipped")]
-    if failed:
-        names = ", ".join(item.planned.run_id for item in failed)
-        raise GrassError(f"{len(failed)} of {len(outcomes)} runs failed: {names}; their logs are named above")
+    check_outcomes(outcomes)
 
 
-def _execute(planned: Sequence[PlannedRun], executor: str, jobs: int, force: bool, *, progress: bool) -> list[Outcome]:
-    if executor == "slurm":
-        from grass_lib.runner.slurm import run_on_slurm
-
-        return run_on_slurm(planned, planned[0].folder.parent, jobs=jobs, force=force, report=show_outcome)
+def _execute(planned: Sequence[PlannedRun], jobs: int, force: bool, *, progress: bool) -> list[Outcome]:
     pending = [item for item in planned if (force or not item.finished) and not item.problems]
     for item in pending if progress else ():
         why = f"{item.run_id} ({item.pending or 'forced'})"

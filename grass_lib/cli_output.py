@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from grass_lib.cluster.watch import JobState
     from grass_lib.doctor import Fact, Verdict
     from grass_lib.runner.execute import Outcome
     from grass_lib.runner.planning import PlannedRun
@@ -55,6 +56,34 @@ def show_outcome(outcome: Outcome) -> None:
     else:
         log = f" (log: {near(outcome.log)})" if outcome.log.exists() else ""
         console.print(f"[red]{outcome.state:<9}[/] {name}: {escape(outcome.message)}{escape(log)}")
+
+
+def show_job(state: JobState) -> None:
+    """Prints how a job ended."""
+    colour = "green" if state.good else "red"
+    more = f": {state.message} (log: {near(Path(state.job.log))})" if not state.good else ""
+    text = f"[{colour}]{state.state:<9}[/] {escape(state.job.name)}, job {state.job.id}{escape(more)}"
+    console_for(stderr=True).print(text)
+
+
+def show_jobs(states: Sequence[JobState]) -> None:
+    """Prints how jobs stand, one a line."""
+    if not states:
+        return
+    table = Table("job", "state", "makes", "time", "node", "log", box=None, header_style="bold")
+    for state in states:
+        colour = "yellow" if state.active else "green" if state.good else "red"
+        entry = state.entry
+        place = (
+            (entry.node or f"({entry.reason})") if entry is not None and entry.active else entry.node if entry else ""
+        )
+        cells = [state.job.name, entry.elapsed if entry else "", place, near(Path(state.job.log))]
+        table.add_row(state.job.id, f"[{colour}]{state.state}[/]", *(escape(cell) for cell in cells))
+    console = console_for()
+    console.print(table)
+    for state in states:
+        if state.message:
+            console.print(f"{state.job.id} {escape(state.job.name)}: {escape(state.message)}")
 
 
 def show_doctor(facts: Sequence[Fact], verdicts: Sequence[Verdict]) -> None:

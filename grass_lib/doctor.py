@@ -169,6 +169,22 @@ def _project() -> list[Fact]:
     ]
 
 
+def _slurm() -> Fact:
+    from grass_lib.cluster.queue import require_slurm
+    from grass_lib.cluster.settings import load_settings
+    from grass_lib.runner.planning import experiments_by_name
+
+    try:
+        require_slurm()
+    except UsageError:
+        return Fact("Slurm", "no cluster here", None, "optional; --executor slurm works on a login node")
+    try:
+        load_settings(project_root(), (), experiments_by_name())
+    except UsageError as error:
+        return Fact("Slurm", str(error), False, "correct it; book/reproduce.md says what it may hold")
+    return Fact("Slurm", f"jobs can be submitted, submitit {_version('submitit')}", True)
+
+
 def machine_facts() -> list[Fact]:
     """What there is on this machine: Python, packages, GPU, memory, disk, data."""
     supported = (3, 11) <= sys.version_info[:2] <= (3, 12)
@@ -188,9 +204,7 @@ def machine_facts() -> list[Fact]:
         )
     )
     facts += _kernel_packages()
-    if importlib.util.find_spec("submitit") is None:
-        return [*facts, Fact("submitit", "not installed", None, "optional; pip install submitit for --executor slurm")]
-    return [*facts, Fact("submitit", _version("submitit") or "installed", True)]
+    return [*facts, _slurm()]
 
 
 def verdicts(names: Sequence[str] = (), scales: Sequence[str] = ()) -> list[Verdict]:

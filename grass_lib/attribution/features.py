@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
+from grass_lib.attribution.routes import GradientChoice, GradientRoute
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.full import PerSampleGradients
 from grass_lib.gradients.outputs import Batch, Output
@@ -39,6 +40,7 @@ class FeatureOptions(TypedDict, total=False):
     buffer_bytes: int | None
     dtype: torch.dtype
     progress: bool
+    gradients: GradientChoice
 
 
 class FeatureAttributor:
@@ -49,7 +51,8 @@ class FeatureAttributor:
 
     Attributes:
         specs: The compression specs; their strings are the keys of results.
-        backends: Whose code projects, by spec.
+        backends: Whose code projects, by spec, with ``+masked`` where ``gradients`` is "masked".
+        gradients: "masked" where only the coordinates that masks keep are computed, else "full".
         timings: Seconds. ``gradients``, ``projection`` (by spec, building the operator included) and
             ``projection_by_checkpoint`` (a list by spec) are those of :meth:`cache`; ``query_gradients``,
             ``query_projection`` and ``scores`` (by spec) those of the last ``attribute``.
@@ -74,6 +77,7 @@ class FeatureAttributor:
         buffer_bytes: int | None = None,
         dtype: torch.dtype = torch.float32,
         progress: bool = True,
+        gradients: GradientChoice = "auto",
     ) -> None:
         """Checks everything that can be checked before data is read.
 
@@ -97,6 +101,9 @@ class FeatureAttributor:
             buffer_bytes: Gradient rows collected before projecting; see ``project_loader``.
             dtype: Of the cached features: float32, float64 (gradients too) or bfloat16 (half the memory).
             progress: Shows a bar for walks that last more than 3 s.
+            gradients: "full" computes all coordinates, "masked" only those that masks keep (all specs must begin with
+                one); "auto" is "masked" where that is possible, with the same scores to rounding. A model for which it
+                turns out otherwise in the first batch gets whole gradients, and a warning is logged.
 
         Raises:
             UsageError: If a spec, a checkpoint or another argument does not fit the model.
@@ -125,7 +132,11 @@ class FeatureAttributor:
         self.cache_device = self.device if cache_device is None else torch.device(cache_device)
         self._checkpoints = _check_checkpoints(model, checkpoints)
         # A spec that does not fit the model fails here, not after minutes of training data.
-        self.backends = {name: projector.backend for name, projector in self._build_projectors(0).items()}
+        projectors = self._build_projectors(0)
+        self._route = GradientRoute(self._gradients, gradients, projectors, backend)
+        self.gradients = self._route.kind
+        suffix = "+masked" if self.gradients == "masked" else ""
+        self.backends = {name: projector.backend + suffix for name, projector in projectors.items()}
         self._train: list[dict[str, Tensor]] = []
         self._train_values: list[Tensor] = []
 
@@ -133,6 +144,11 @@ class FeatureAttributor:
     def p(self) -> int:
         """Number of weights that are differentiated."""
         return self._gradients.p
+
+    @property
+    def gradients_reason(self) -> str:
+        """Why gradients are "masked" or "full", and of how many weights whole gradients are formed nevertheless."""
+        return self._route.reason
 
     @property
     def n_checkpoints(self) -> int:
@@ -147,7 +163,7 @@ class FeatureAttributor:
     @property
     def model_calls(self) -> int:
         """How often the model has been run so far: micro-batches times checkpoints."""
-        return self._gradients.model_calls
+        return self._route.model_calls
 
     def cache(self, train_loader: Iterable[Batch]) -> None:
         """Computes and keeps the features of the training set, one gradient pass per checkpoint.
@@ -189,11 +205,12 @@ class FeatureAttributor:
         _check_order(loader)
         first: int | None = None
         for index, checkpoint in enumerate(self._checkpoints):
+            rows, projectors = self._route.prepared(self._build_projectors(index, timings))
             features, values = project_loader(
-                self._gradients,
+                rows,
                 load_checkpoint(checkpoint),
                 loader,
-                self._build_projectors(index, timings),
+                projectors,
                 buffer_bytes=self._buffer_bytes,
                 store_device=place,
                 progress=bar,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.attribution.features import FeatureAttributor, MaskChoice
+from grass_lib.attribution.routes import GradientChoice
 from grass_lib.attribution.solve import SolveMethod, damped_scores, damping_grid
 from grass_lib.errors import UsageError
 from grass_lib.gradients.outputs import Batch, Output, margin, margin_weight
@@ -53,6 +54,7 @@ class TRAK(FeatureAttributor):
         buffer_bytes: int | None = None,
         dtype: torch.dtype = torch.float32,
         progress: bool = True,
+        gradients: GradientChoice = "auto",
     ) -> None:
         """Sets TRAK up; arguments not listed here are those of :class:`FeatureAttributor`.
 
@@ -79,6 +81,7 @@ class TRAK(FeatureAttributor):
             buffer_bytes: Gradient rows collected before projecting.
             dtype: Of the cached features.
             progress: Shows a bar for work that lasts more than 3 s.
+            gradients: "full", "masked" or "auto".
 
         Raises:
             UsageError: If an argument does not fit the model or is out of range.
@@ -106,6 +109,7 @@ class TRAK(FeatureAttributor):
             buffer_bytes=buffer_bytes,
             dtype=dtype,
             progress=progress,
+            gradients=gradients,
         )
 
     def attribute(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from grass_lib.commands.slurm import NoWait, SlurmOptions, cache_on_slurm, slurm_settings
 from grass_lib.errors import StoreError, UsageError
 
 app = typer.Typer(help="Gradient stores: cache, look at, check, mend, put together.", no_args_is_help=True)
@@ -125,6 +126,12 @@ def cache(
         int | None, typer.Option(help="Samples in a shard, a multiple of the batch size; the largest up to 1,024.")
     ] = None,
     device: Device = "auto",
+    executor: Annotated[
+        str, typer.Option(help="local, or slurm: --workers jobs and a check, see `grass jobs`.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(help="With --executor slurm: how many jobs share the work.")] = None,
+    slurm: SlurmOptions = None,
+    no_wait: NoWait = False,
     quiet: Quiet = False,
 ) -> None:
     """Compute the compressed gradients of an experiment's training data.
@@ -138,6 +145,8 @@ def cache(
     from grass_lib.store import GradientStore
 
     number, count = parse_worker(worker)
+    check_workers(executor, worker, workers)
+    settings = slurm_settings(executor, slurm or (), no_wait)
     source = planned_source(
         experiment,
         scale,
@@ -148,9 +157,18 @@ def cache(
         seed=seed,
         dtype=dtype,
         masks=masks,
+        here=settings is None,
     )
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"--shard-size is {shard_size}; expected at least 1")
+    if settings is not None:
+        words = ["store", "cache", experiment, "--store", str(store.resolve()), "--scale", scale, "--seed", str(seed)]
+        words += ["--sparsification", sparsification, "--projection", projection, "--hessian", hessian]
+        words += ["--dtype", dtype, "--device", device, "-q", *(["--masks", masks] if masks else [])]
+        words += ["--shard-size", str(shard_size)] if shard_size is not None else []
+        words += [word for text in parameters or () for word in ("-p", text)]
+        cache_on_slurm(words, store, workers or 1, settings, experiment=experiment, scale=scale, wait=not no_wait)
+        return
     with started_by_torchrun(resolve_device(device)) as (ranks, place):
         task, influence = influence_of(
             source, store, shard_size=shard_size, device=place, ranks=ranks, progress=not quiet
@@ -162,6 +180,22 @@ def cache(
     missing = len(found.missing())
     state = "complete" if not missing else f"{missing} of {found.n_shards} shards left to other workers"
     typer.echo(f"{store}: {found.n_samples:,} samples, {found.stored_bytes:,} bytes, {state}")
+
+
+def check_workers(executor: str, worker: str, workers: int | None) -> None:
+    """Checks who is to share the work of filling a store.
+
+    Raises:
+        UsageError: An unknown executor, or numbers that mean nothing with this one.
+    """
+    if executor not in ("local", "slurm"):
+        raise UsageError(f"--executor is {executor!r}, expected local or slurm")
+    if executor == "local" and workers is not None:
+        raise UsageError(f"--workers {workers} needs --executor slurm; here, start one command per --worker i/n")
+    if executor == "slurm" and worker != "0/1":
+        raise UsageError(f"--worker {worker} is one worker, expected --workers N with --executor slurm")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}, expected a whole number >= 1")
 
 
 def parse_worker(text: str) -> tuple[int, int]:

@@ -78,6 +78,7 @@ def planned_source(
     seed: int,
     dtype: str,
     masks: str = "",
+    here: bool = True,
 ) -> StoreSource:
     """Checks everything that a user typed, before any model or data is loaded.
 
@@ -91,6 +92,7 @@ def planned_source(
         seed: Of everything random.
         dtype: Of the stored rows.
         masks: How the masks of a selective stage 1 are chosen; empty for ``learned``.
+        here: Whether it will be computed on this machine; elsewhere there may be other data and a GPU.
 
     Raises:
         UsageError: Something cannot work.
@@ -120,7 +122,7 @@ def planned_source(
     check_scale(scale)
     if found.validate is not None:
         found.validate(scale, parameters)
-    problems = found.check(scale)
+    problems = found.check(scale) if here else []
     if problems:
         raise UsageError(f"{name}, scale {scale}: {'; '.join(problems)}")
     return StoreSource(
@@ -167,6 +169,7 @@ def influence_of(
     from grass_lib.ranks import Ranks
     from grass_lib.runner.planning import experiments_by_name
     from grass_lib.specs import CompressionSpec
+    from grass_lib.store.lock import creation_lock
 
     build = experiments_by_name()[source.experiment].attribution_task
     if build is None:
@@ -176,13 +179,20 @@ def influence_of(
     shown = progress and together.rank == 0
 
     def prepare() -> tuple[AttributionTask, LayerMasks | None]:
+        # Workers that start together: the first trains and fits, the others read what it wrote.
+        folder = masks_folder(source.experiment, source.scale)
+        folder.mkdir(parents=True, exist_ok=True)
+        with creation_lock(folder):
+            return prepare_alone(folder)
+
+    def prepare_alone(folder: Path) -> tuple[AttributionTask, LayerMasks | None]:
         task = build(source.scale, source.parameters, resolve_device(device))
         fitted = fit_layer_masks(
             task.model,
             task.loss,
             task.train,
             [spec],
-            masks_folder(source.experiment, source.scale),
+            folder,
             layers=task.layers,
             include_head=task.include_head,
             data_sha256=task.data_sha256,

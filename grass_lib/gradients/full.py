@@ -24,6 +24,7 @@ class PerSampleGradients:
 
     Attributes:
         p: Number of weights that are differentiated: the length of a row.
+        width: The same, under the name that all gradients have for the length of their rows.
         names: Their parameter names, in the order in which they lie in a row (that of ``named_parameters()``).
         model_calls: How often the model has been run so far, one per micro-batch.
     """
@@ -61,10 +62,11 @@ class PerSampleGradients:
         self.output = output
         self.micro_batch = micro_batch
         self.dtype = dtype
+        self.parameters = parameters
         self.names = trainable_names(model, parameters)
         own = dict(model.named_parameters())
         self._shapes = [own[name].shape for name in self.names]
-        self.p = sum(shape.numel() for shape in self._shapes)
+        self.p = self.width = sum(shape.numel() for shape in self._shapes)
         self.device = own[self.names[0]].device if device is None else torch.device(device)
         self.model_calls = 0
 
@@ -117,11 +119,20 @@ class PerSampleGradients:
         with evaluating(self.model), torch.no_grad():
             for start in range(0, n, step):
                 stop = min(start + step, n)
-                self._fill(bound, batch_slice(samples, start, stop), out[start:stop], values[start:stop])
-        _check_finite(out, values, first)
+                self.fill(bound, batch_slice(samples, start, stop), out[start:stop], values[start:stop])
+        check_finite(out, values, first)
         return out, values
 
-    def _fill(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> None:
+    def fill(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> None:
+        """One micro-batch, without the checks and the evaluation mode of a call.
+
+        Args:
+            state: From `bind`.
+            samples: On the device.
+            rows: Is written to, ``(batch, p)``.
+            values: Is written to, ``(batch,)``.
+        """
+
         def value_of(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
             # Cloned inside the transform, so that a forward pass that counts in a buffer changes a copy.
             buffers = {name: value.clone() for name, value in state.buffers.items()}
@@ -195,7 +206,17 @@ def _batch_of_one(sample: Batch) -> Batch:
     return tuple(value.unsqueeze(0) for value in sample)
 
 
-def _check_finite(rows: Tensor, values: Tensor, first: int) -> None:
+def check_finite(rows: Tensor, values: Tensor, first: int) -> None:
+    """Looks for samples whose row or value is not finite.
+
+    Args:
+        rows: ``(batch, width)``.
+        values: ``(batch,)``.
+        first: Position of the first sample in its data set.
+
+    Raises:
+        GrassError: There are some; their positions are named.
+    """
     # One cheap reduction in the usual case; the exact test runs only where a sum is not finite (it may have
     # overflowed).
     if bool(torch.isfinite(rows.sum(dim=1) + values).all()):

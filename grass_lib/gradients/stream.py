@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to
+from grass_lib.gradients.masked import MaskedGradients
 from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.state import ModelState
 from grass_lib.projection import Projector
@@ -37,7 +38,7 @@ class PassTimings:
 
 
 def project_loader(
-    gradients: PerSampleGradients,
+    gradients: PerSampleGradients | MaskedGradients,
     state: ModelState | Mapping[str, Tensor] | None,
     loader: Iterable[Batch],
     projectors: Mapping[str, Projector],
@@ -50,10 +51,10 @@ def project_loader(
     """Walks a loader once and projects the gradient of every sample by every projector.
 
     Rows of several batches are collected before they are projected, because dense projectors draw their matrix anew in
-    every call. The buffer is the only thing of size p per sample that is held.
+    every call. The buffer is the only thing of the rows' length per sample that is held.
 
     Args:
-        gradients: Computes the rows ``(batch, p)``.
+        gradients: Computes the rows ``(batch, p)``, or those of kept coordinates alone.
         state: The checkpoint, as in :class:`PerSampleGradients`.
         loader: Yields batches in a fixed order.
         projectors: By name; each sees the same rows.
@@ -137,15 +138,15 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _new_buffer(gradients: PerSampleGradients, budget: int | None, expected: int | None) -> Tensor:
+def _new_buffer(gradients: PerSampleGradients | MaskedGradients, budget: int | None, expected: int | None) -> Tensor:
     if budget is None:
         budget = CUDA_BUFFER_BYTES if gradients.device.type == "cuda" else CPU_BUFFER_BYTES
     if budget < 1:
         raise UsageError(f"buffer_bytes is {budget}; expected a positive number of bytes.")
-    rows = max(1, budget // (gradients.p * gradients.dtype.itemsize))
+    rows = max(1, budget // (gradients.width * gradients.dtype.itemsize))
     if expected is not None:
         rows = min(rows, max(1, expected))
-    return torch.empty(rows, gradients.p, device=gradients.device, dtype=gradients.dtype)
+    return torch.empty(rows, gradients.width, device=gradients.device, dtype=gradients.dtype)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -286,6 +286,22 @@ def run_all(
     return [outcomes[place] for place in range(len(planned))]
 
 
+def check_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Says which runs of a batch failed.
+
+    Args:
+        outcomes: Of the batch.
+
+    Raises:
+        GrassError: One is neither done nor skipped.
+    """
+    failed = [item.planned.run_id for item in outcomes if item.state not in ("done", "skipped")]
+    if failed:
+        raise GrassError(
+            f"{len(failed)} of {len(outcomes)} runs failed: {', '.join(failed)}; their logs are named above"
+        )
+
+
 def preflight(jobs: int) -> None:
     """Checks that the folder of the runs can be written to.
 

@@ -1,0 +1,181 @@
+"""One forward and backward pass in which layers hand kept coordinates of their gradients to probes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from grass_lib.gradients.masked_layers import MaskedLayer
+from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.state import ModelState
+
+
+@dataclass
+class Found:
+    """What a pass gives.
+
+    Attributes:
+        gradients: Kept coordinates ``(n, m)`` by layer; None for a layer that the pass did not use.
+        values: The output ``(n,)``; None where it has another form.
+        problems: Why layers cannot be taken this way, by layer.
+        mixed: Whether samples of the batch influence each other.
+    """
+
+    gradients: dict[str, Tensor | None]
+    values: Tensor | None
+    problems: dict[str, str] = field(default_factory=dict)
+    mixed: bool = False
+
+
+class MaskedPass:
+    """Runs a model as it is, for a whole batch, with its layers' outputs handed through probes.
+
+    No weight requires gradients: nothing is computed for a weight but what the layers compute for their probes.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
+        """Takes the model and its layers by module name; the model is not touched."""
+        self._model, self._layers = model, layers
+
+    def __call__(self, state: ModelState, output: Output, samples: Batch, n: int, *, check: bool) -> Found:
+        """One pass; the model is in evaluation mode.
+
+        Args:
+            state: The weights.
+            output: What is differentiated.
+            samples: The batch, on the device of the weights.
+            n: Its size.
+            check: Looks, at the price of a second backward pass, for weights that are used beside their layer and for
+                samples that influence each other.
+        """
+        run = _Run(n, state, self._model, self._layers, check)
+        with torch.enable_grad():
+            with ExitStack() as stack:
+                run.hook(stack)
+                values = output(run.call, run.watch(samples) if check else samples)
+            if run.problems or not isinstance(values, Tensor) or values.shape != (n,):
+                return Found({}, None, run.problems)
+            if check and values.requires_grad:
+                run.examine(values)
+                if run.problems or run.mixed:
+                    return Found({}, None, run.problems, run.mixed)
+            probes = list(run.probes.values())
+            unused: list[Tensor | None] = [None] * len(probes)
+            found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
+        return Found(dict(zip(run.probes, found, strict=True)), values.detach())
+
+
+class _Run:
+    """The moving parts of one pass."""
+
+    def __init__(
+        self, n: int, state: ModelState, model: nn.Module, layers: Mapping[str, MaskedLayer], check: bool
+    ) -> None:
+        self.n, self.layers, self.check = n, layers, check
+        self.problems: dict[str, str] = {}
+        self.mixed = False
+        self.inputs: list[Tensor] = []
+        weights = {**state.trainable, **state.fixed}
+        # Expanded from one number: a probe has a shape and a gradient, but no memory.
+        wide = torch.float64 if any(value.dtype == torch.float64 for value in weights.values()) else torch.float32
+        zero = torch.zeros(1, device=next(iter(weights.values())).device, dtype=wide)
+        self.probes = {name: zero.expand(n, layer.size).requires_grad_() for name, layer in layers.items()}
+        # Cloned, so that a forward pass that counts in a buffer changes a copy.
+        buffers = {name: value.clone() for name, value in state.buffers.items()}
+        self.owners = {part.name: name for name, layer in layers.items() for part in layer.parts.values()}
+        if check:
+            weights.update({name: weights[name].detach().requires_grad_() for name in self.owners})
+        self.weights = weights
+        self.modules = dict(model.named_modules())
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            return functional_call(model, (weights, buffers), args, kwargs)
+
+        self.call = call
+
+    def hook(self, stack: ExitStack) -> None:
+        """Hooks the layers until the stack is left."""
+        for name, layer in self.layers.items():
+            module = self.modules[name]
+            if self.check:
+                stack.callback(module.register_forward_pre_hook(self._hide(layer)).remove)
+            hook = module.register_forward_hook(self._after(layer), with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
+
+    def watch(self, samples: Batch) -> Batch:
+        """The batch, with floating inputs that gradients can be asked for."""
+
+        def watched(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
+                return value
+            self.inputs.append(value.detach().requires_grad_())
+            return self.inputs[-1].clone()
+
+        if isinstance(samples, Mapping):
+            return {name: watched(value) for name, value in samples.items()}
+        return tuple(watched(value) for value in samples)
+
+    def examine(self, values: Tensor) -> None:
+        """Differentiates the first sample's value: nothing of other samples, and no weight itself, may answer."""
+        spread = [*self.probes.values(), *self.inputs]
+        weights = [self.weights[name] for name in self.owners]
+        found = torch.autograd.grad(values[0], [*spread, *weights], allow_unused=True, retain_graph=True)
+        for gradient in found[: len(spread)]:
+            # Where activations are not finite, zero times infinity is no sign of anything.
+            if gradient is not None and bool(torch.nan_to_num(gradient[1:], posinf=0, neginf=0).any()):
+                self.mixed = True
+        for (weight, owner), gradient in zip(self.owners.items(), found[len(spread) :], strict=True):
+            if gradient is not None:
+                self.problems[owner] = f"'{weight}' is also used outside of its layer's call"
+
+    def _hide(self, layer: MaskedLayer) -> Any:
+        """Inside its own layer a weight is a constant, so that only other uses of it show up as a gradient."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for attribute in layer.parts:
+                value = module._parameters[attribute]
+                if value is not None:
+                    module._parameters[attribute] = value.detach()  # pyright: ignore[reportArgumentType]
+
+        return hook
+
+    def _after(self, layer: MaskedLayer) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            if self.check:
+                for attribute, part in layer.parts.items():
+                    module._parameters[attribute] = self.weights[part.name]  # pyright: ignore[reportArgumentType]
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(y, Tensor) or not layer.fits(x, y, self.n):
+                seen = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                self.problems[layer.name] = f"its output {seen} has not the {self.n} samples on dimension 0"
+                return None
+            if len(y) != self.n:
+                y = y.expand(self.n, *y.shape[1:])  # positions are looked up once for all samples
+            return _Hand.apply(y, self.probes[layer.name], layer, *layer.keep(module, x))
+
+        return hook
+
+
+class _Hand(torch.autograd.Function):
+    """Identity on a layer's output whose backward pass gives the probe the layer's kept coordinates."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probe: Tensor, layer: MaskedLayer, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.layer = layer
+        if y._is_view():
+            return y.view_as(y)
+        # The same tensor, not a view of it, so that an activation after the layer may work in place.
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        return gradients[0], ctx.layer.rows(gradients[0], kept), None, *(None for _ in kept)
