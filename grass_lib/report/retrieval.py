@@ -119,4 +119,5 @@ def self_influence_figure(values: Any) -> Figure:
         axes.set_xlabel("self-influence")
         axes.set_ylabel("passages")
         axes.legend()
+    plt.close(figure)  # a notebook shows what the cell returns, and would show an open figure once more
     return figure

@@ -45,4 +45,4 @@ def test_what_does_not_fit_is_refused():
 def test_figure():
     figure = self_influence_figure(torch.rand(50))
     assert figure.axes[0].get_xlabel() == "self-influence"
-    plt.close(figure)
+    assert figure.number not in plt.get_fignums()
