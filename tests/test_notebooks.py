@@ -23,6 +23,12 @@ SMALL = {
         *("n_lds_models=4", "gallery=1", "masks=energy"),
     ],
     "mlp_masks": ["ks=64,128", "n_lds_models=12", "n_trak_models=1", "ways=energy,learned"],
+    "musictransformer_maestro": [
+        "specs=sjlt-64,selective_mask-256->sjlt-64",
+        "n_lds_models=8",
+        "n_trak_models=1",
+        "gallery=2",
+    ],
 }
 
 

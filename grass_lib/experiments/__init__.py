@@ -75,6 +75,18 @@ def _llama3_openwebtext_task(scale: str, parameters: Mapping[str, Any], device: 
     return import_module("grass_lib.experiments.llama3_openwebtext").task(scale, parameters, device)
 
 
+def _musictransformer_maestro_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.musictransformer_maestro").data_fingerprint(scale)
+
+
+def _musictransformer_maestro_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.musictransformer_maestro").check(scale)
+
+
+def _musictransformer_maestro_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.musictransformer_maestro").validate(scale, parameters)
+
+
 # The modules of an experiment are imported only when it is asked for something, so that the command line starts
 # quickly.
 EXPERIMENTS: dict[str, Experiment] = {
@@ -97,6 +109,38 @@ EXPERIMENTS: dict[str, Experiment] = {
         check=_mlp_mnist_check,
         validate=_mlp_mnist_validate,
     ),
+    "musictransformer_maestro": Experiment(
+        name="musictransformer_maestro",
+        title="Music Transformer + MAESTRO",
+        notebook="musictransformer_maestro.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.masks.energy",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.musictransformer_maestro",
+            "grass_lib.experiments.music_masks",
+            "grass_lib.experiments.music_protocol",
+            "grass_lib.experiments.music_trainer",
+            "grass_lib.experiments.reproducible",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.training_step",
+            "grass_lib.experiments.models.music_transformer",
+            "grass_lib.experiments.data.archive",
+            "grass_lib.experiments.data.chorales",
+            "grass_lib.experiments.data.events",
+            "grass_lib.experiments.data.maestro",
+            "grass_lib.experiments.data.maestro_archive",
+            "grass_lib.experiments.data.midi",
+            "grass_lib.experiments.data.musicxml",
+            "grass_lib.experiments.data.piece_cache",
+            "grass_lib.experiments.data.sources",
+            "grass_lib.experiments.data.windows",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_musictransformer_maestro_fingerprint,
+        check=_musictransformer_maestro_check,
+        validate=_musictransformer_maestro_validate,
+    ),
     "gpt2_wikitext": Experiment(
         name="gpt2_wikitext",
         title="GPT-2 small + WikiText-2",
@@ -111,6 +155,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.gpt2_protocol",
             "grass_lib.experiments.gpt2_trainer",
             "grass_lib.experiments.layer_masks",
+            "grass_lib.experiments.reproducible",
             "grass_lib.experiments.training",
             "grass_lib.experiments.training_step",
             "grass_lib.experiments.models.gpt2",

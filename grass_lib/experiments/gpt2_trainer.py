@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,14 +18,12 @@ from grass_lib.evaluation.plan import Member
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.blocks import TextBlocks
 from grass_lib.experiments.models.gpt2 import GPT2Sizes, build_gpt2, initial_weights, load_weights, weights_of
+from grass_lib.experiments.reproducible import reproducible
 from grass_lib.experiments.training import one_cpu_thread
 from grass_lib.experiments.training_step import TrainingStep
 from grass_lib.gradients.language import causal_loss, log_odds
 from grass_lib.precision import exact_products
 from grass_lib.rng import Stream
-
-# With it, products of matrices repeat themselves; PyTorch reads it at the first of a process.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Raised when the same recipe, data and streams would give other models.
 _TRAINER_VERSION = 3
@@ -201,7 +197,7 @@ class TrainingLoop:
         low, high = dropout.key
         model.train()
         try:
-            with _reproducible(self.device):
+            with reproducible(self.device):
                 self._step.restart(ids)
                 load_weights(model, start)
                 torch.manual_seed((high & 0x7FFFFFFF) << 32 | low)
@@ -304,25 +300,3 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 def _mean_loss(model: Any, ids: Tensor) -> Tensor:
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
         return causal_loss(model, {"input_ids": ids, "labels": ids}, "mean").mean()
-
-
-@contextmanager
-def _reproducible(device: torch.device) -> Iterator[None]:
-    """Deterministic kernels on a GPU; they and the state of PyTorch's generators are restored afterwards."""
-    cuda = device.type == "cuda"
-    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    filled, fused = memory.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        if cuda:
-            # Only warned, flash attention would add its gradients in any order.
-            torch.use_deterministic_algorithms(True)
-            memory.fill_uninitialized_memory = False
-            # cuDNN's attention knows no fixed order.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
-            memory.fill_uninitialized_memory = filled
-            torch.backends.cuda.enable_cudnn_sdp(fused)

@@ -21,7 +21,14 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, *, batch_size: int, weight_decay: float, plain: Loss | None = None
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        batch_size: int,
+        weight_decay: float,
+        plain: Loss | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         """Prepares a step; nothing runs.
 
@@ -31,9 +38,11 @@ class TrainingStep:
             batch_size: Of the batches that are recorded.
             weight_decay: Of AdamW.
             plain: The loss for batches of another size, where ``loss`` is compiled for one; None for ``loss``.
+            betas: Of AdamW.
         """
         self.model, self._loss, self._plain = model, loss, plain or loss
-        self._batch_size, self._weight_decay = batch_size, weight_decay
+        self._batch_size = batch_size
+        self._options: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "fused": True}
         self._device = next(model.parameters()).device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ids: Tensor | None = None
@@ -46,15 +55,11 @@ class TrainingStep:
             example: Blocks ``(n, length)`` on the device, of the kind that will come.
         """
         if self._device.type != "cuda":
-            self._optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=1.0, weight_decay=self._weight_decay, fused=True
-            )
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1.0, **self._options)
             return
         if self._optimizer is None:
             rate = torch.ones((), device=self._device)
-            self._optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=rate, weight_decay=self._weight_decay, fused=True, capturable=True
-            )
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, capturable=True, **self._options)
         if self._graph is None and len(example) >= self._batch_size:
             self._record(example[: self._batch_size])
         for state in self._optimizer.state.values():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import GrassError, RecordError, UsageError
+from grass_lib.report.music_pages import with_music
 from grass_lib.report.pages import Page, changed_parameters, pages_in_toc, stub, to_page
 
 if TYPE_CHECKING:
@@ -107,9 +108,8 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
             (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
             continue
         notebook = nbformat.read(found.folder / "notebook.ipynb", as_version=4)
-        nbformat.write(
-            to_page(notebook, found.record, page, changed_parameters(found.folder)), executed / f"{page.stem}.ipynb"
-        )
+        shown_page = to_page(notebook, found.record, page, changed_parameters(found.folder))
+        nbformat.write(with_music(shown_page, found.record), executed / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "notebook.ipynb", notebooks / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "record.json", records / f"{page.stem}.json")
         shown.append(found)

@@ -43,7 +43,7 @@ PAIRS: tuple[Pair, ...] = (
         "musictransformer_maestro",
         "Music Transformer, six layers",
         13_115_782,
-        "5,000 windows of 256 events from MAESTRO v2, 178 generated pieces as queries",
+        "5,000 windows of 256 events from the training split of MAESTRO v2, 178 windows of its test split as queries",
         "TRAK over 5 models",
     ),
     Pair(

@@ -20,6 +20,7 @@ from grass_lib.report.figures import lds_figure, time_figure
 from grass_lib.report.galleries import image_gallery
 from grass_lib.report.influence_tables import split_figure, split_table
 from grass_lib.report.interactive import lds_figure_html
+from grass_lib.report.music import gallery_note, music_html, places
 from grass_lib.report.passages import passages_html
 from grass_lib.report.published import published_rows
 from grass_lib.report.record import RunRecord
@@ -153,6 +154,27 @@ def toy_ranked(n_query: int = 6, n_train: int = 40, k: int = 5) -> Any:
     return SimpleNamespace(indices=generator.integers(0, n_train, (n_query, 2, k)), scores=scores)
 
 
+def toy_windows(n: int, piece: str) -> list[Any]:
+    """Windows of a made-up piece: a walk of notes."""
+    windows = []
+    for number in range(n):
+        generator = np.random.default_rng(number)
+        pitches = 60 + np.cumsum(generator.integers(-4, 5, 16))
+        events = [event for pitch in pitches.tolist() for event in (int(pitch), 256 + 29, 128 + int(pitch))]
+        window = SimpleNamespace(
+            ids=np.array(events), label=int(pitches[-1]), piece=piece, title=f"A. Nobody: {piece} & co", number=number
+        )
+        windows.append(window)
+    return windows
+
+
+def toy_music(listing: bool = False) -> str:
+    train, queries = toy_windows(12, "train"), toy_windows(3, "query")
+    ranked = toy_ranked(3, 12, 2)
+    note = gallery_note(queries, train, ranked, range(3), spec="sjlt-8", source="made up", licence="public domain")
+    return music_html(note, None if listing else places(train, queries))
+
+
 def toy_images(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (n, 28, 28), dtype=np.uint8)
 
@@ -208,10 +230,11 @@ def _text_outputs() -> str:
 
 
 def toy_notebook(
-    sentinel: str = "done", images: tuple[Any, Any] | None = None, text: bool = False
+    sentinel: str = "done", images: tuple[Any, Any] | None = None, text: bool = False, music: bool = False
 ) -> nbformat.NotebookNode:
     """What a notebook looks like after execution: figures, tables, a gallery, an interactive figure."""
     drawn = _draw_outputs(*images) if images else json.loads(_text_outputs() if text else _toy_outputs())
+    drawn += [html_output(toy_music())] if music else []
     outputs = [*map(nbformat.from_dict, drawn), new_output("stream", name="stdout", text=sentinel + "\n")]
     progress = new_output("stream", name="stderr", text="training: 50%|#####     |\n")
     cells: list[Any] = [new_markdown_cell("# MLP + MNIST\n\nA toy page with $\\phi^\\top \\phi$ in it.")]
@@ -274,8 +297,8 @@ def write_run(
     text = json.dumps(record.to_json(), indent=1).encode()
     (folder / "record.json").write_bytes(text)
     sentinel = f"grass-run-complete {record.run_id} {hashlib.sha256(text).hexdigest()}"
-    text_pair = record.experiment == "gpt2_wikitext"
-    nbformat.write(toy_notebook(sentinel, images, text_pair), folder / "notebook.ipynb")
+    text_pair, music_pair = record.experiment == "gpt2_wikitext", record.experiment == "musictransformer_maestro"
+    nbformat.write(toy_notebook(sentinel, images, text_pair, music_pair), folder / "notebook.ipynb")
     status = {
         "run_id": record.run_id,
         "experiment": record.experiment,

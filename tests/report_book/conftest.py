@@ -36,6 +36,8 @@ def built_book(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         root = copy_sources(tmp_path_factory.mktemp("book"))
         write_run(root / "runs" / "mlp_mnist-embedded-toy", toy_record())
         write_run(root / "runs" / "gpt2_wikitext-paper-toy", text_record())
+        music = "musictransformer_maestro-embedded-toy"
+        write_run(root / "runs" / music, toy_record(music, experiment="musictransformer_maestro"))
         index = build(root)
     yield index.parent
     shutil.rmtree(root, ignore_errors=True)

@@ -24,6 +24,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",  # a reader clicks, a test does not
     "--host-resolver-rules=MAP * ~NOTFOUND",
     "--window-size=1280,900",
 )
@@ -192,6 +193,33 @@ def test_passages_are_readable_in_both_themes(browser: Any, built_book: Path, th
     for text, background in browser.execute_script(script):
         low, high = sorted((_luminance(text), _luminance(background)))
         assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_music_can_be_heard_and_seen_in_both_themes(browser: Any, built_book: Path, theme: str) -> None:
+    _open(browser, built_book, "book/executed/musictransformer_maestro_embedded", theme)
+    players = browser.execute_script("return [...document.querySelectorAll('audio')].map(a => [a.duration, a.error])")
+    assert len(players) == 6
+    assert all(3.0 < seconds < 10.0 and error is None for seconds, error in players)
+    played = browser.execute_async_script(
+        "const done = arguments[0], player = document.querySelector('audio'); player.muted = true;"
+        "player.play().then(() => setTimeout(() => done(player.currentTime), 500), error => done(String(error)))"
+    )
+    assert isinstance(played, float)
+    assert played > 0.1
+    assert [url for url in _requests(browser) if not url.startswith(("file:", "data:", "blob:"))] == []
+    sizes = (
+        "return [...document.querySelectorAll('.gm-roll')].map(r => [r.getBoundingClientRect().width,"
+        "r.getBoundingClientRect().height, getComputedStyle(r).color])"
+    )
+    rolls = browser.execute_script(sizes)
+    assert len(rolls) == 15
+    assert all(width > 150 and height > 60 for width, height, _ in rolls)
+    assert len({colour for *_, colour in rolls}) == 3
+    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    for colour in {colour for *_, colour in rolls}:
+        low, high = sorted((_luminance(colour), _luminance(background)))
+        assert (high + 0.05) / (low + 0.05) >= 3.0
 
 
 def _luminance(colour: str) -> float:
