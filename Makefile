@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The other systems of the comparison, in a venv of their own; see requirements-baselines.txt.
+OTHERS := .venv-baselines
 SCALE  ?= embedded
 ONLY   ?=
 # Extra words for pip, for example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.
@@ -12,7 +14,7 @@ PIP_ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report run book lab test test-system test-gpu lint figures cuda doctor clean
+.PHONY: help setup report run book lab test test-system test-gpu lint figures cuda baselines doctor clean
 
 help:
 	@echo "make report       run every pair at SCALE=$(SCALE) (ONLY=mlp_mnist for one), check the runs, build the book"
@@ -21,6 +23,7 @@ help:
 	@echo "make test-system  kill and disk tests, notebooks, the book in a browser (under 30 minutes)"
 	@echo "make figures      redraw figures/ from the committed run records"
 	@echo "make cuda         build the optional kernels sjlt and fast_jl (needs a GPU and nvcc)"
+	@echo "make baselines    install LogIX, dattri, bergson and kronfluence into $(OTHERS), for logix_comparison"
 	@echo "make lint         ruff and pyright"
 	@echo "make doctor       what would work on this machine"
 	@echo "make clean        remove generated files, not the runs"
@@ -70,6 +73,21 @@ figures: setup
 
 cuda: setup
 	$(BIN)/python -m grass_lib.cuda_setup
+
+baselines: $(OTHERS)/.installed
+
+# The stamp says which packages are there: without a change of them the second call does nothing.
+$(OTHERS)/.installed: requirements.txt requirements-baselines.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "Python 3.11 or 3.12 is needed, $$($(PYTHON) --version) was found; say which with PYTHON=python3.12"; exit 1; }
+	@test -x $(OTHERS)/bin/python || $(PYTHON) -m venv $(OTHERS)
+	@echo "Installing LogIX, dattri, bergson and kronfluence into $(OTHERS) (2 to 4 minutes, 2.2 GB) ..."
+	@$(OTHERS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) -r requirements.txt
+	@$(OTHERS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) --no-deps \
+	  -r requirements-baselines.txt
+	@$(OTHERS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) --no-deps \
+	  --ignore-requires-python logix-ai==0.1.1
+	@touch $@
 
 doctor: setup
 	$(BIN)/grass doctor

@@ -36,7 +36,9 @@ def show_plan(planned: Sequence[PlannedRun], force: bool) -> None:
     """Prints what a batch would run."""
     for item in planned:
         skip = item.finished and not force
-        if item.problems and not skip:
+        if item.left_out:
+            what = f"left out: {item.left_out}"
+        elif item.problems and not skip:
             what = "cannot run here: " + "; ".join(item.problems)
         else:
             what = "skip, an identical run is finished" if skip else f"run ({item.pending or 'forced'})"

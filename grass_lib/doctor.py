@@ -115,6 +115,23 @@ def _kernel_packages() -> list[Fact]:
     return facts
 
 
+def _baselines() -> Fact:
+    from grass_lib.baselines.environment import baseline_versions, missing_baselines
+    from grass_lib.baselines.systems import SYSTEMS
+
+    problem = missing_baselines()
+    if problem:
+        return Fact("other systems", "not installed", None, "only logix_comparison needs them; make baselines")
+    packages = [system.package for name, system in SYSTEMS.items() if name != "grass_lib"]
+    try:
+        found = baseline_versions(packages)
+    except GrassError as error:
+        return Fact("other systems", str(error), False)
+    missing = [name for name in packages if name not in found]
+    value = ", ".join(f"{name} {version}" for name, version in found.items())
+    return Fact("other systems", value, not missing, f"{', '.join(missing)} missing; make baselines" * bool(missing))
+
+
 def _data_folder() -> Fact:
     named = os.environ.get("GRASS_DATA")
     if not named:
@@ -203,7 +220,7 @@ def machine_facts() -> list[Fact]:
             "make setup" * bool(missing),
         )
     )
-    facts += _kernel_packages()
+    facts += [*_kernel_packages(), _baselines()]
     return [*facts, _slurm()]
 
 

@@ -31,3 +31,7 @@ class RecordError(GrassError):
 
 class StoreError(GrassError):
     """A gradient store that is damaged, incomplete, of another fingerprint, or cannot be written."""
+
+
+class BaselineError(GrassError):
+    """Another system, run for comparison, failed or was killed in its own process."""

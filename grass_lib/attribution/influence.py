@@ -18,7 +18,7 @@ from grass_lib.attribution.ranking import TopK, TopKMerge
 from grass_lib.attribution.scoring import Scorer, clocked
 from grass_lib.attribution.solve import damping_grid
 from grass_lib.errors import UsageError
-from grass_lib.gradients.factored import FactoredGradients, LayerMasks
+from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Batch, Output
@@ -71,6 +71,7 @@ class InfluenceFunction:
         seed: int = 0,
         device: str | torch.device | None = None,
         masks: LayerMasks | None = None,
+        matrices: LayerMatrices | None = None,
         backend: str = "auto",
         shard_size: int | None = None,
         deterministic: bool = True,
@@ -98,6 +99,7 @@ class InfluenceFunction:
             seed: Of the random maps.
             device: None for that of the model.
             masks: For selective types: ``{"layer/output": Mask, "layer/input": Mask}``.
+            matrices: Instead of drawn ones, as in ``FactoredGradients``.
             backend: Of stage 2, as in ``build_projector``.
             shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 (or that of
                 the store that is there).
@@ -138,6 +140,7 @@ class InfluenceFunction:
             seed=seed,
             device=device,
             masks=masks,
+            matrices=matrices,
             backend=backend,
             compile=compile,
             dtype=torch.float64 if any(own.dtype == torch.float64 for own in model.parameters()) else torch.float32,
@@ -152,6 +155,7 @@ class InfluenceFunction:
             shard_size=shard_size,
             settings={"seed": seed, "deterministic": deterministic, "compiled": compile},
             masks=masks,
+            matrices=matrices,
             given=fingerprint,
             source=source,
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grass_lib import __version__
 from grass_lib.attribution.caching import default_shard_size
 from grass_lib.errors import UsageError
-from grass_lib.gradients.factored import FactoredGradients, LayerMasks
+from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
 from grass_lib.projection import Mask
 from grass_lib.ranks import is_distributed
@@ -40,6 +40,7 @@ class KeptStore:
         shard_size: int | None,
         settings: Mapping[str, Any],
         masks: LayerMasks | None,
+        matrices: LayerMatrices | None = None,
         given: Mapping[str, Any] | None,
         source: Mapping[str, Any] | None,
     ) -> None:
@@ -52,6 +53,7 @@ class KeptStore:
             shard_size: Samples per shard; None to choose.
             settings: What else decides the rows, as entries of the fingerprint.
             masks: By side.
+            matrices: By side or layer, where they were given.
             given: Further entries, such as the hash of the data.
             source: What rebuilds the store.
 
@@ -75,6 +77,7 @@ class KeptStore:
             "masks": mask_fingerprints(masks),
             "operators": ", ".join(sorted({*gradients.backends.values()} & {*_PACKAGES})) or "grass_lib",
             "computed_in": str(gradients.dtype).removeprefix("torch."),
+            **({"matrices": matrix_fingerprints(matrices)} if matrices else {}),
             **settings,
         }
         clash = sorted({"model", *own} & (given or {}).keys())
@@ -198,6 +201,14 @@ def mask_fingerprints(masks: LayerMasks | None) -> dict[str, str]:
     """Fingerprint of each mask, by side."""
     loaded = {name: Mask.load(mask) if isinstance(mask, str | Path) else mask for name, mask in (masks or {}).items()}
     return {name: loaded[name].fingerprint for name in sorted(loaded)}
+
+
+def matrix_fingerprints(matrices: LayerMatrices) -> dict[str, str]:
+    """SHA-256 of each given matrix in float64, by side or layer."""
+    return {
+        name: hashlib.sha256(matrices[name].detach().cpu().double().contiguous().numpy().data).hexdigest()
+        for name in sorted(matrices)
+    }
 
 
 def _device_name(gradients: FactoredGradients) -> str:

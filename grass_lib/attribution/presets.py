@@ -13,7 +13,7 @@ from torch import nn
 from grass_lib.attribution.influence import InfluenceFunction
 from grass_lib.attribution.preconditioner import Precision
 from grass_lib.errors import UsageError
-from grass_lib.gradients.factored import LayerMasks
+from grass_lib.gradients.factored import LayerMasks, LayerMatrices
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Output
 from grass_lib.gradients.passes import Compile
@@ -32,6 +32,7 @@ class InfluenceOptions(TypedDict, total=False):
     seed: int
     device: str | torch.device | None
     masks: LayerMasks | None
+    matrices: LayerMatrices | None
     backend: str
     shard_size: int | None
     deterministic: bool

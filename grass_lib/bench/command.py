@@ -69,3 +69,26 @@ def throughput(
         out=json,
     )
     typer.echo(summary(result))
+
+
+@app.command(help="Caching with LogIX, dattri, bergson and grass_lib on one model's shape: tokens/s, memory, bytes.")
+def systems(
+    shape: Annotated[str, typer.Option(help="tiny (any CPU), gpt2 or llama (a GPU)")] = "gpt2",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
+    only: Annotated[str, typer.Option("--systems", help="with commas between them; all without")] = "",
+    tokens: Annotated[int, typer.Option(help="of the training set; 0 for the shape's own")] = 0,
+    repeats: Annotated[int, typer.Option(help="how often each is measured, in turn")] = 1,
+    python: Annotated[Path | None, typer.Option(help="a Python that has the systems, if not .venv-baselines")] = None,
+    json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/systems-SHAPE.json")] = None,
+) -> None:
+    """Runs `grass_lib.bench.systems.run` and shows its table."""
+    from grass_lib.bench.systems import run, summary, write
+
+    result = run(shape, device=device, systems=only, tokens=tokens, repeats=repeats, python=python)
+    write(result, json or Path(f"runs/bench/systems-{shape}.json"))
+    typer.echo(summary(result))
+
+
+@app.callback()
+def bench() -> None:
+    """Measurements."""

@@ -43,6 +43,18 @@ def _mlp_masks_validate(scale: str, parameters: Mapping[str, Any]) -> None:
     import_module("grass_lib.experiments.mlp_masks").validate(scale, parameters)
 
 
+def _resnet9_cifar2_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.resnet9_cifar2").data_fingerprint(scale)
+
+
+def _resnet9_cifar2_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.resnet9_cifar2").check(scale)
+
+
+def _resnet9_cifar2_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.resnet9_cifar2").validate(scale, parameters)
+
+
 def _gpt2_wikitext_fingerprint(scale: str) -> str:
     return import_module("grass_lib.experiments.gpt2_wikitext").data_fingerprint(scale)
 
@@ -87,6 +99,18 @@ def _musictransformer_maestro_validate(scale: str, parameters: Mapping[str, Any]
     import_module("grass_lib.experiments.musictransformer_maestro").validate(scale, parameters)
 
 
+def _logix_comparison_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.logix_comparison").data_fingerprint(scale)
+
+
+def _logix_comparison_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.logix_comparison").check(scale)
+
+
+def _logix_comparison_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.logix_comparison").validate(scale, parameters)
+
+
 # The modules of an experiment are imported only when it is asked for something, so that the command line starts
 # quickly.
 EXPERIMENTS: dict[str, Experiment] = {
@@ -108,6 +132,32 @@ EXPERIMENTS: dict[str, Experiment] = {
         data_fingerprint=_mlp_mnist_fingerprint,
         check=_mlp_mnist_check,
         validate=_mlp_mnist_validate,
+    ),
+    "resnet9_cifar2": Experiment(
+        name="resnet9_cifar2",
+        title="ResNet-9 + CIFAR-2",
+        notebook="resnet9_cifar2.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.masks",
+            "grass_lib.evaluation",
+            "grass_lib.experiments.resnet9_cifar2",
+            "grass_lib.experiments.resnet9_masks",
+            "grass_lib.experiments.resnet9_protocol",
+            "grass_lib.experiments.resnet9_trainer",
+            "grass_lib.experiments.sgd_step",
+            "grass_lib.experiments.mlp_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.models.resnet9",
+            "grass_lib.experiments.data.cifar2",
+            "grass_lib.experiments.data.elpv",
+            "grass_lib.experiments.data.tiles",
+            "grass_lib.experiments.data.sources",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_resnet9_cifar2_fingerprint,
+        check=_resnet9_cifar2_check,
+        validate=_resnet9_cifar2_validate,
     ),
     "musictransformer_maestro": Experiment(
         name="musictransformer_maestro",
@@ -219,6 +269,35 @@ EXPERIMENTS: dict[str, Experiment] = {
         data_fingerprint=_mlp_masks_fingerprint,
         check=_mlp_masks_check,
         validate=_mlp_masks_validate,
+    ),
+    "logix_comparison": Experiment(
+        name="logix_comparison",
+        title="LogIX, dattri, bergson and kronfluence on the same work",
+        notebook="logix_comparison.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.store",
+            "grass_lib.evaluation",
+            "grass_lib.baselines",
+            "grass_lib.experiments.logix_comparison",
+            "grass_lib.experiments.gpt2_wikitext",
+            "grass_lib.experiments.gpt2_banks",
+            "grass_lib.experiments.gpt2_protocol",
+            "grass_lib.experiments.gpt2_trainer",
+            "grass_lib.experiments.training",
+            "grass_lib.experiments.training_step",
+            "grass_lib.experiments.models.gpt2",
+            "grass_lib.experiments.data.blocks",
+            "grass_lib.experiments.data.sources",
+            "grass_lib.experiments.data.tokenizers",
+            "grass_lib.experiments.data.wikipedia",
+            "grass_lib.experiments.data.wikitext",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_logix_comparison_fingerprint,
+        check=_logix_comparison_check,
+        validate=_logix_comparison_validate,
+        optional=True,
     ),
 }
 

@@ -61,6 +61,8 @@ class Experiment:
         check: ``check(scale)``: why it would not work here, one sentence each; empty where it would.
         attribution_task: ``attribution_task(scale, parameters, device)`` for caching and querying outside a notebook;
             None where the experiment has none.
+        optional: Left out of a batch that names no experiments, with the reason, where it would not work here: what it
+            needs is no part of the ordinary installation.
 
     Raises:
         UsageError: A field is empty.
@@ -75,6 +77,7 @@ class Experiment:
     check: Callable[[str], list[str]]
     validate: Callable[[str, Mapping[str, Any]], None] | None = None
     attribution_task: Callable[[str, Mapping[str, Any], str], AttributionTask] | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for field in ("name", "title", "notebook", "modules", "scales"):

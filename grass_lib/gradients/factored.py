@@ -18,12 +18,14 @@ from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, out
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
-from grass_lib.gradients.sides import Side, build_side
+from grass_lib.gradients.sides import Side, build_side, given_side
 from grass_lib.gradients.together import Together
-from grass_lib.projection import Mask, Projector, build_projector
+from grass_lib.projection import GivenProjector, Mask, Projector, build_projector
 from grass_lib.specs import CompressionSpec, StageSpec
 
 LayerMasks: TypeAlias = Mapping[str, Mask | str | Path]
+LayerMatrices: TypeAlias = Mapping[str, Tensor]
+"""``{"layer/output": (d_out, k1), "layer/input": (d_in, k2), "layer": (k1 * k2, k)}``, applied as ``x @ matrix``."""
 
 
 class FactoredGradients:
@@ -65,6 +67,7 @@ class FactoredGradients:
         seed: int = 0,
         device: str | torch.device | None = None,
         masks: LayerMasks | None = None,
+        matrices: LayerMatrices | None = None,
         backend: str = "auto",
         compile: Compile = False,
         graph: bool | None = None,
@@ -83,6 +86,10 @@ class FactoredGradients:
             seed: Of the random maps.
             device: None for the device of the model's parameters; anything else must be that device.
             masks: For selective types: by side, ``{"layer/output": Mask, "layer/input": Mask}``.
+            matrices: Instead of drawn ones, above all those of another system: ``{"layer/output": (d_out, k1),
+                "layer/input": (d_in, k2)}`` (the bias is the last row of an input side) in place of the dense type that
+                ``sparsification`` names, and ``{"layer": (k1 * k2, k)}`` in place of ``projection``. What has no entry
+                is drawn.
             backend: Of stage 2, as in ``build_projector``.
             compile: Runs forward and backward pass through ``torch.compile``; ``"blocks"`` compiles one block of a
                 model of many equal ones, for large models.
@@ -112,17 +119,18 @@ class FactoredGradients:
         modules = dict(model.named_modules())
         self._captures: dict[str, LayerCapture] = {}
         self._stage2s: dict[str, Projector | None] = {}
-        unused = set(masks or ())
+        unused, self._given = set(masks or ()) | set(matrices or ()), dict(matrices or {})
         for name, shape in shapes.items():
             out = self._side(name, "output", shape, seed, masks, unused)
             into = self._side(name, "input", shape, seed, masks, unused)
             weight = next(modules[name].parameters(recurse=False))
             self._captures[name] = LayerCapture(name, shape, out, into, weight.dtype)
-            self._stage2s[name] = self._build_stage2(name, self._captures[name].size, seed, backend)
+            self._stage2s[name] = self._build_stage2(name, self._captures[name].size, seed, backend, unused)
         if unused:
             raise UsageError(
-                f"masks has entries for {', '.join(sorted(unused)[:4])}, which {self.spec} does not use here; "
-                "expected 'LAYER/output' and 'LAYER/input' of captured layers with a selective type"
+                f"masks or matrices has entries for {', '.join(sorted(unused)[:4])}, which {self.spec} does not use "
+                "here; expected 'LAYER/output' and 'LAYER/input' of captured layers, masks for a selective type, "
+                "matrices for a dense one, and 'LAYER' for a matrix of the projection"
             )
         self.layers: dict[str, LayerShape] = shapes
         self.sizes = {
@@ -308,8 +316,12 @@ class FactoredGradients:
         place = 0 if side == "output" else 1
         key, d = f"{name}/{side}", shape.d_out if place == 0 else shape.d_in
         mask = (masks or {}).get(key)
-        unused.discard(key)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        given = key in self._given and not (stage.is_mask or stage.is_identity)
+        if mask is not None or given:
+            unused.discard(key)
+        if given:
+            return given_side(stage, place, d, self._given[key].to(self.device, wide), name=key)
         return build_side(
             stage,
             place,
@@ -321,10 +333,13 @@ class FactoredGradients:
             mask=Mask.load(mask) if isinstance(mask, str | Path) else mask,
         )
 
-    def _build_stage2(self, name: str, size: int, seed: int, backend: str) -> Projector | None:
+    def _build_stage2(self, name: str, size: int, seed: int, backend: str, unused: set[str]) -> Projector | None:
         stage = self.spec.projection
         if stage.k is None or stage.k >= size:
             return None
+        if name in self._given:
+            unused.discard(name)
+            return GivenProjector(stage, self._given[name], p=size, name=name, device=self.device, dtype=self.dtype)
         return build_projector(stage, size, seed=seed, name=name, device=self.device, dtype=self.dtype, backend=backend)
 
 

@@ -48,6 +48,27 @@ class Side:
         return unit if self.index is None else unit[:, self.index.cpu()] * self.scale
 
 
+def given_side(stage: StageSpec, place: int, d: int, matrix: Tensor, *, name: str) -> Side:
+    """A side with a matrix that somebody else has drawn.
+
+    Args:
+        stage: A factored stage of a dense type, which says the size.
+        place: 0 for the output side, 1 for the input side.
+        d: Size of the side, the bias column of an input side included.
+        matrix: ``(d, k)``.
+        name: Of the side, for errors.
+
+    Raises:
+        UsageError: The matrix has another shape.
+    """
+    k = stage.dims[place]
+    if matrix.shape != (d, k):
+        raise UsageError(
+            f"the matrix for {name!r} has shape {tuple(matrix.shape)}; expected ({d}, {k}), as {stage} says"
+        )
+    return Side(d, k, matrix=matrix.contiguous())
+
+
 def build_side(
     stage: StageSpec,
     place: int,

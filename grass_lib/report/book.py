@@ -174,6 +174,8 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.kernels import write_page_parts
     from grass_lib.report.ledger import ledger_rows
     from grass_lib.report.published import published_rows
+    from grass_lib.report.recipes import recipe_section
+    from grass_lib.report.systems_bench import write_systems_parts
     from grass_lib.report.throughput import write_throughput_parts
     from grass_lib.runner import verified_records
 
@@ -193,9 +195,11 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "pairs.md").write_text(pair_sections(rows, documents), encoding="utf-8")
     (generated / "verdicts.md").write_text(verdict_table(rows), encoding="utf-8")
     (generated / "headline.md").write_text(_headline(shown, pages, generated / "figures"), encoding="utf-8")
+    (generated / "recipes.md").write_text(recipe_section(records), encoding="utf-8")
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)
+    write_systems_parts(root / "book" / "measured", generated)
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
     return shown
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grass_lib.report.lines import lines
 from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, figure_style, method_label, method_of
 from grass_lib.report.tables import Row, interval_text, k_name, pick_rows
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("png", "svg", "pdf")
+# Of the lines of one method, in the order of their masks.
+_STYLES: tuple[Any, ...] = ("-", "-.", ":", (0, (6, 2)))
 # Nothing that changes from one day or version to the next goes into the files.
 _METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
@@ -114,9 +117,16 @@ def _legend(axes: Axes, methods: Sequence[str]) -> None:
 
 
 def _draw(
-    axes: Axes, name: str, rows: Sequence[Row], values: Sequence[float], intervals: Sequence[Any], shift: float = 1.0
+    axes: Axes,
+    name: str,
+    line: tuple[str, Sequence[Row]],
+    values: Sequence[float],
+    intervals: Sequence[Any],
+    shift: float = 1.0,
+    turn: int = 0,
 ) -> None:
-    """One method's line with a bar for each interval; `shift` multiplies k, so that bars do not cover each other."""
+    """One line of a method with a bar for each interval; `shift` multiplies k, so that bars do not cover each other."""
+    label, rows = line
     style = METHODS[name]
     bounds = [interval or (value, value) for interval, value in zip(intervals, values, strict=True)]
     axes.errorbar(
@@ -128,7 +138,8 @@ def _draw(
         ],
         color=style.colour,
         marker=style.marker,
-        label=group_label(rows),
+        linestyle=_STYLES[turn % len(_STYLES)],
+        label=label,
         elinewidth=1.2,
         capsize=2.5,
     )
@@ -161,19 +172,21 @@ def lds_figure(
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
     paper = series(comparable(published), "lds")
     names = [name for name in METHODS if name in groups or name in paper]
+    labels: list[str] = []
     with figure_style():
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         for place, name in enumerate(names):
             style = METHODS[name]
             shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))
-            if name in groups:
-                rows = groups[name]
-                lds = [row["lds"] for row in rows]
-                _draw(axes, name, rows, [one["mean"] for one in lds], [one.get("interval") for one in lds], shift)
-            if name in paper:
+            for turn, line in enumerate(lines(groups[name]) if name in groups else ()):
+                labels.append(line[0])
+                lds = [row["lds"] for row in line[1]]
+                aside = shift * 2 ** (0.02 * turn)
+                _draw(axes, name, line, [one["mean"] for one in lds], [one.get("interval") for one in lds], aside, turn)
+            for _, rows in lines(paper[name]) if name in paper else ():
                 axes.plot(
-                    [row["k"] * shift for row in paper[name]],
-                    [row["lds"] for row in paper[name]],
+                    [row["k"] * shift for row in rows],
+                    [row["lds"] for row in rows],
                     color=style.colour,
                     marker=style.marker,
                     markerfacecolor="none",
@@ -188,7 +201,7 @@ def lds_figure(
         _k_axis(axes, [row for group in (*groups.values(), *paper.values()) for row in group])
         axes.set_ylabel("LDS, mean over queries")
         axes.set_title(title)
-        _legend(axes, [group_label(groups[name]) for name in names if name in groups])
+        _legend(axes, labels)
         plt.close(figure)
     return figure
 
@@ -216,14 +229,18 @@ def time_figure(
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "projection_seconds")
     with figure_style():
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
-        for name, rows in groups.items():
-            seconds = [row["projection_seconds"] for row in rows]
-            _draw(axes, name, rows, seconds, [row.get("projection_seconds_interval") for row in rows])
+        labels: list[str] = []
+        for name, group in groups.items():
+            for turn, line in enumerate(lines(group)):
+                labels.append(line[0])
+                seconds = [row["projection_seconds"] for row in line[1]]
+                bounds = [row.get("projection_seconds_interval") for row in line[1]]
+                _draw(axes, name, line, seconds, bounds, turn=turn)
         _k_axis(axes, [row for rows in groups.values() for row in rows])
         axes.set_yscale("log")
         axes.set_ylabel("projection of the training set (s)")
         axes.set_title(title)
-        _legend(axes, [group_label(rows) for rows in groups.values()])
+        _legend(axes, labels)
         plt.close(figure)
     return figure
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
 from grass_lib.report.figures import comparable, group_label, k_title, series
+from grass_lib.report.lines import line_key, lines
 from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, method_label, stage_text
 from grass_lib.report.tables import Row, interval_text, pick_rows
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _CLEAR = "rgba(0,0,0,0)"
 _GRID = "rgba(122,122,122,0.25)"
 _AXES_FROM = 0.38
+# Of the lines of one method, in the order of their masks.
+_DASHES = ("solid", "dashdot", "dot", "longdash")
 
 
 def _figure(y_title: str, height: int = 520) -> go.Figure:
@@ -56,17 +59,17 @@ def _hover(row: Row) -> str:
     return f"{text}<br>95 % interval {interval}" if interval else text
 
 
-def _measured_trace(name: str, rows: list[Row]) -> dict[str, Any]:
+def _measured_trace(name: str, label: str, rows: list[Row], turn: int = 0) -> dict[str, Any]:
     style = METHODS[name]
     means = [row["lds"]["mean"] for row in rows]
     bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": group_label(rows),
+        "name": label,
         "x": [row["k"] for row in rows],
         "y": means,
-        "line": {"color": style.colour, "width": 2},
+        "line": {"color": style.colour, "width": 2, "dash": _DASHES[turn % len(_DASHES)]},
         "marker": {"symbol": style.symbol, "size": 10, "color": style.colour},
         "error_y": {
             "type": "data",
@@ -155,10 +158,10 @@ def lds_figure_html(
     paper = series(comparable(published), "lds")
     shown = [row for rows in (*groups.values(), *paper.values()) for row in rows]
     for name in METHODS:
-        if name in groups:
-            figure.add_trace(_measured_trace(name, groups[name]))
-        if name in paper:
-            figure.add_trace(_published_trace(name, paper[name]))
+        for turn, (label, rows) in enumerate(lines(groups[name]) if name in groups else ()):
+            figure.add_trace(_measured_trace(name, label, rows, turn))
+        for label, rows in lines(paper[name]) if name in paper else ():
+            figure.add_trace({**_published_trace(name, rows), "name": f"{label}, published"})
     if noise_ceiling is not None:
         drawn = [row["lds"]["mean"] for rows in groups.values() for row in rows]
         # A line far above the others would squeeze them: it waits in the legend.
@@ -204,9 +207,9 @@ def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-pub
     owner: list[str] = []
     for pair in pairs:
         for name, group in series([row for row in rows if row["experiment"] == pair], "lds").items():
-            masks = list(dict.fromkeys(_line_key(row) for row in group))
+            masks = list(dict.fromkeys(line_key(row) for row in group))
             for mask in masks:
-                trace = _published_trace(name, [row for row in group if _line_key(row) == mask])
+                trace = _published_trace(name, [row for row in group if line_key(row) == mask])
                 label = method_label(group[0]["sparsification"], group[0]["projection"])
                 label += f" ({mask})" if mask else ""
                 figure.add_trace({**trace, "name": label, "visible": pair == pairs[0]})
@@ -235,9 +238,3 @@ def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-pub
     )
     _k_ticks(figure, rows)
     return _fragment(figure, div_id, embed)
-
-
-def _line_key(row: Row) -> str:
-    """What tells two lines of one method apart: the flat mask before the projection."""
-    first = str(row["sparsification"])
-    return "" if first == "identity" or "*" in first else first

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from grass_lib.project import project_root
 from grass_lib.report.published import published_claims, published_rows
 from grass_lib.report.schema import RunRecord
 from grass_lib.report.style import reference_method, stage_text
@@ -27,8 +29,13 @@ METRIC_TITLES = {
 }
 #: Studies whose rows stand for those of a pair: the published masks were one for all networks, and learned.
 STUDIES = {"mlp_masks": "mlp_mnist"}
-#: Parameters that choose other data or another model than the paper's, quoted in reasons.
-CHOICES = ("data", "base")
+#: Commands whose runs have selective masks, where that is not the pair's own.
+SELECTIVE = {
+    "mlp_mnist": "grass run mlp_masks --scale paper",
+    "resnet9_cifar2": "grass run resnet9_cifar2 --scale paper -p masks=energy",
+}
+#: Parameters that choose other data, another model or another training than the paper's, quoted in reasons.
+CHOICES = ("data", "base", "recipe", "masks")
 FIELDS = (
     "experiment",
     "attributor",
@@ -139,9 +146,8 @@ def _not_run(index: _Index, published: Mapping[str, Any], projection: str, regis
     if experiment not in registered:
         return "this version has no notebook for the pair"
     if selective:
-        study = next((name for name, pair in STUDIES.items() if pair == experiment), experiment)
-        run = f"`grass run {study} --scale paper`"
-        return f"needs a mask that is fitted to the training data, which no paper-scale run here has used; {run} does"
+        run = SELECTIVE.get(experiment, f"grass run {experiment} --scale paper")
+        return f"needs a mask that is fitted to the training data, which no paper-scale run here has used; `{run}` does"
     stages = f"--sparsification '{published['sparsification']}' --projection '{projection}'"
     if record is None:
         return f"no finished run at paper scale; make one with `grass run {experiment} --scale paper`"
@@ -193,6 +199,8 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
         detail += ", a subset of the paper's data"
     if item.record.data["kind"] == "recompressed":
         detail += ", the paper's images compressed once more"
+    if item.record.parameters.get("recipe"):
+        detail += f", recipe={item.record.parameters['recipe']}"
     if item.substitute:
         return (
             "not comparable",
@@ -278,6 +286,7 @@ def _claim_row(index: _Index, claim: Mapping[str, Any], registered: Iterable[str
     stated = re.search(r"(\d+(?:\.\d+)?) ?%", claim["claim"])
     record = index.known(claim["experiment"])
     measured = None if record is None else record.extra.get(THROUGHPUT)
+    bench = None if measured is not None else throughput_bench(claim["experiment"])
     published = float(stated[1]) if stated else None
     row = dict.fromkeys(FIELDS) | {
         "experiment": claim["experiment"],
@@ -288,6 +297,17 @@ def _claim_row(index: _Index, claim: Mapping[str, Any], registered: Iterable[str
         "verdict": "not run",
     }
     stated_text = f"claimed: {claim['claim']} ({claim['protocol']})"
+    if bench is not None and published is not None:
+        found = float(bench[THROUGHPUT])
+        return {
+            **row,
+            "measured": found,
+            "data": "substitute",
+            "verdict": "reproduced" if found >= published else "differs",
+            "reason": f"{found:.0f} % faster than LogIX's LoGra, curvature included, on {bench['device']}, with random "
+            f"weights and tokens, on which throughput does not depend ({bench['command']}, {bench['date']}); "
+            f"{stated_text}",
+        }
     if record is None or measured is None or published is None:
         missing = (
             "has no notebook in this version" if claim["experiment"] not in registered else "has no run at paper scale"
@@ -305,6 +325,19 @@ def _claim_row(index: _Index, claim: Mapping[str, Any], registered: Iterable[str
         "reason": reason,
         "run_id": record.run_id,
     }
+
+
+def throughput_bench(experiment: str) -> dict[str, Any] | None:
+    """The committed result of ``grass bench systems`` on a claim's shape; None where there is none from a GPU.
+
+    Args:
+        experiment: of the claim.
+    """
+    path = project_root() / "book" / "measured" / f"systems-{experiment.split('_')[0].rstrip('0123456789')}.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.get("device_type") == "cuda" and found.get(THROUGHPUT) is not None else None
 
 
 def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:

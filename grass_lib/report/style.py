@@ -96,6 +96,7 @@ EXPERIMENT_TITLES: dict[str, str] = {
     "musictransformer_maestro": "Music Transformer + MAESTRO",
     "gpt2_wikitext": "GPT-2 small + WikiText-2",
     "mlp_masks": "Which coordinates matter? MLP + MNIST",
+    "logix_comparison": "Other systems on the same work",
     "llama3_openwebtext": "Llama-3.1-8B + OpenWebText",
 }
 
@@ -105,6 +106,10 @@ ATTRIBUTOR_TITLES: dict[str, str] = {
     "gradient_cosine": "gradient cosine",
     "influence_efim": "influence function, eFIM",
     "influence_identity": "influence function, identity",
+    "logix": "LogIX",
+    "dattri": "dattri",
+    "bergson": "bergson",
+    "kronfluence": "kronfluence",
 }
 
 

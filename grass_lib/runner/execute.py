@@ -182,6 +182,8 @@ def execute_run(
 
     if planned.finished and not force:
         return outcome("skipped", "an identical run is finished")
+    if planned.left_out:
+        return outcome("skipped", f"left out, {planned.left_out}")
     if planned.problems:
         return outcome("failed", "; ".join(planned.problems))
     try:

@@ -38,6 +38,7 @@ class PlannedRun:
         modules: hash of the source of each declared module.
         problems: why it cannot run here, one sentence each.
         pending: why it has to run; empty where an identical run is finished.
+        left_out: why a batch that names no experiments does without it; empty where it does not.
     """
 
     experiment: str
@@ -53,6 +54,7 @@ class PlannedRun:
     modules: dict[str, str]
     problems: tuple[str, ...] = ()
     pending: str = ""
+    left_out: str = ""
 
     @property
     def finished(self) -> bool:
@@ -214,7 +216,14 @@ def plan(
         if name in values:
             raise UsageError(f"parameter {name!r} is given both by {flag} and by -p; give it once")
     root = project_root()
-    return [_plan_one(root, name, scale, values, shortcuts, typed) for name in chosen]
+    planned = [_plan_one(root, name, scale, values, shortcuts, typed) for name in chosen]
+    return planned if names else [_without_optional(item) for item in planned]
+
+
+def _without_optional(planned: PlannedRun) -> PlannedRun:
+    """Leaves out an optional experiment that cannot run here and that nobody asked for by name."""
+    optional = getattr(experiments_by_name()[planned.experiment], "optional", False)
+    return replace(planned, left_out=planned.problems[0]) if optional and planned.problems else planned
 
 
 def _plan_one(

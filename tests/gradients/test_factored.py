@@ -279,6 +279,24 @@ def test_masks_of_two_sides():
         torch.testing.assert_close(found[layer].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_matrices_drawn_elsewhere():
+    model, batch, loss = case("mlp")
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"hidden": (5, 7), "head": (3, 6)}
+    matrices = {}
+    for layer, (d_out, d_in) in shapes.items():
+        matrices[f"{layer}/output"] = torch.randn(d_out, 2, generator=generator)
+        matrices[f"{layer}/input"] = torch.randn(d_in, 3, generator=generator)
+        matrices[layer] = torch.randn(6, 4, generator=generator)
+    options = {"sparsification": "normal-2*3", "projection": "normal-4", "matrices": matrices}
+    found, _ = FactoredGradients(model, loss, **options)(batch)
+    whole = expected("mlp", "identity", "identity", ["hidden", "head"])
+    for layer, shape in shapes.items():
+        left, right = (matrices[f"{layer}/{side}"].double() for side in ("output", "input"))
+        wanted = (left.mT @ whole[layer].view(N, *shape) @ right).flatten(1) @ matrices[layer].double()
+        torch.testing.assert_close(found[layer].double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_choice_of_layers():
     model = zoo.make_model("text")
     assert list(find_layers(model, "linear")) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
@@ -300,6 +318,13 @@ def test_choice_of_layers():
         ({"sparsification": "selective_mask-2*2"}, "hidden/output"),
         ({"sparsification": "random_mask-2*2", "masks": {"x/output": Mask(torch.tensor([0]), 2)}}, "x/output"),
         ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"sparsification": "normal-2*2", "matrices": {"hidden/output": torch.ones(2, 5)}}, "expected \\(5, 2\\)"),
+        ({"sparsification": "random_mask-2*2", "matrices": {"hidden/output": torch.ones(5, 2)}}, "hidden/output"),
+        ({"sparsification": "normal-2*2", "matrices": {"hidden": torch.ones(4, 2)}}, "entries for hidden"),
+        (
+            {"sparsification": "normal-2*2", "projection": "sjlt-3", "matrices": {"hidden": torch.ones(4, 2)}},
+            "expected \\(4, 3\\)",
+        ),
     ],
 )
 def test_wrong_use_is_named(options, message):

@@ -1,0 +1,90 @@
+"""What is compared: the same compressed sizes and the same damping grid for every system."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from grass_lib.attribution.presets import factgrass_spec, logra_spec
+from grass_lib.baselines.systems import (
+    BergsonOptions,
+    DattriOptions,
+    KronfluenceOptions,
+    LogIXOptions,
+    Options,
+    OursOptions,
+)
+from grass_lib.errors import UsageError
+from grass_lib.specs import CompressionSpec, parse_specs
+
+RELATIVE_DEFAULT = 0.1
+"""The relative damping that LogIX, bergson and kronfluence have as a default or an option."""
+
+
+def sides(ks: Sequence[int]) -> list[int]:
+    """Square roots of compressed sizes.
+
+    Raises:
+        UsageError: One is not a square.
+    """
+    found = []
+    for k in ks:
+        side = math.isqrt(k)
+        if k < 1 or side * side != k:
+            raise UsageError(f"k is {k}; expected squares, such as 256 = 16 * 16, since both sides get the same size")
+        found.append(side)
+    return found
+
+
+def our_specs(ks: Sequence[int], specs: str = "") -> list[CompressionSpec]:
+    """Our compressions: LoGra and FactGraSS at each size, or the ones that are typed.
+
+    Args:
+        ks: Compressed sizes of a layer.
+        specs: With commas between them; empty for the default.
+
+    Raises:
+        SpecError: One cannot be parsed.
+    """
+    if specs:
+        return parse_specs(specs)
+    return [build(k) for k in ks for build in (logra_spec, factgrass_spec)]
+
+
+def comparison(
+    ks: Sequence[int], dampings: Sequence[float], *, specs: str = "", device: str = "cpu"
+) -> dict[str, list[Options]]:
+    """The options that are compared, by system.
+
+    LogIX has both of the paper's initialisations at every size with its Hessian ``raw``, and at the largest size the
+    Hessians ``ekfac`` and ``none`` too.
+
+    Args:
+        ks: Compressed sizes of a layer, squares.
+        dampings: The relative grid.
+        specs: Our compressions, if not LoGra and FactGraSS at each size.
+        device: Where it will run; dattri keeps gradients on the disk on a GPU, and cannot do so on a CPU.
+
+    Raises:
+        UsageError: A size is not a square.
+        SpecError: A spec cannot be parsed.
+    """
+    grid, ranks = tuple(dampings), sides(ks)
+    last = ranks[-1]
+    offload = "disk" if device.startswith("cuda") else "cpu"
+    logix: list[Options] = [
+        LogIXOptions(rank=rank, init=init, dampings=grid) for rank in ranks for init in ("random", "pca")
+    ]
+    logix += [LogIXOptions(rank=last, init=init, hessian="ekfac", dampings=grid) for init in ("random", "pca")]
+    logix.append(LogIXOptions(rank=last, hessian="none"))
+    return {
+        "grass_lib": [OursOptions(spec=str(spec), dampings=grid) for spec in our_specs(ks, specs)],
+        "logix": logix,
+        "dattri": [
+            DattriOptions(method=method, k=k, dampings=grid, offload=offload)
+            for k in ks
+            for method in ("logra", "factgrass")
+        ],
+        "bergson": [BergsonOptions(side=rank, dampings=grid) for rank in ranks],
+        "kronfluence": [KronfluenceOptions(dampings=(RELATIVE_DEFAULT,))],
+    }

@@ -1,0 +1,293 @@
+"""`grass bench systems`: tokens per second, memory and bytes stored of every system on one model's shape, one device.
+
+Random weights and random tokens: throughput does not depend on them. The other systems need `make baselines` with a
+build of torch for the device; a machine that has no such venv takes a Python that finds them (``--python``). Without
+the command line's packages: ``python -m grass_lib.bench.systems --shape tiny --device cpu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from grass_lib.attribution.presets import factgrass_spec, logra_spec
+from grass_lib.baselines.environment import baselines_python
+from grass_lib.baselines.process import run_system
+from grass_lib.baselines.systems import (
+    BergsonOptions,
+    DattriOptions,
+    LogIXOptions,
+    Options,
+    OursOptions,
+    check_systems,
+)
+from grass_lib.baselines.workload import ModelShape, Outcome, Workload
+from grass_lib.errors import BaselineError, UsageError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+COMPARED = ("grass_lib", "logix", "dattri", "bergson")
+_LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 1024,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on one shape.
+
+    Attributes:
+        shape: Of the model.
+        vocabulary: Tokens that there are.
+        length: Tokens of a block.
+        batch_size: Blocks in a batch.
+        tokens: Of the training set.
+        warm_up: Batches before the clocks start.
+        k: Compressed size of a layer.
+        systems: Those that take part; whole gradients do not fit, so kronfluence is not among them.
+    """
+
+    shape: ModelShape
+    vocabulary: int
+    length: int
+    batch_size: int
+    tokens: int
+    warm_up: int
+    k: int
+    systems: tuple[str, ...] = COMPARED
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "tiny": Setting(
+            ModelShape("gpt2", {"layers": 2, "width": 32, "heads": 2, "vocabulary": 64, "positions": 32}),
+            64, 32, 4, 512, 1, 16,
+        ),
+        "gpt2": Setting(ModelShape("gpt2", {}, "float32"), 50257, 512, 16, 500_000, 3, 4096),
+        "llama": Setting(
+            ModelShape("llama", _LLAMA_8B, "bfloat16"), 128256, 1024, 4, 1_000_000, 10, 4096, ("grass_lib", "logix"),
+        ),
+    }
+)  # fmt: skip
+"""``llama`` is the paper's protocol: 1M tokens, batch 4, block 1,024, 10 warm-up batches, LogIX's rank 64."""
+
+
+def options_for(setting: Setting, device: str) -> dict[str, list[Options]]:
+    """The options that are measured, by system; each with curvature and without.
+
+    Args:
+        setting: Of the shape.
+        device: ``cpu`` or ``cuda``.
+    """
+    gpu, side = device.startswith("cuda"), int(setting.k**0.5)
+    half = setting.shape.dtype != "float32"
+    stored = "bfloat16" if half else "float32"
+    log_dtype = "float32" if half else "none"
+    found: dict[str, list[Options]] = {
+        "grass_lib": [
+            OursOptions(spec=str(spec), hessian=hessian, dtype=stored, compile=gpu)
+            for spec in (logra_spec(setting.k), factgrass_spec(setting.k))
+            for hessian in ("Identity", "eFIM")
+        ],
+        "logix": [LogIXOptions(rank=side, hessian=hessian, log_dtype=log_dtype) for hessian in ("none", "raw")],
+        "dattri": [
+            DattriOptions(method=method, k=setting.k, hessian=hessian, offload="disk" if gpu else "cpu")
+            for method in ("logra", "factgrass")
+            for hessian in ("Identity", "eFIM")
+        ],
+        "bergson": [BergsonOptions(side=side, hessian=hessian) for hessian in ("none", "autocorrelation")],
+    }
+    return {name: found[name] for name in setting.systems}
+
+
+def run(
+    shape: str,
+    *,
+    device: str = "auto",
+    systems: str = "",
+    tokens: int = 0,
+    python: Path | None = None,
+    folder: Path | None = None,
+    timeout: float = 3600.0,
+    repeats: int = 1,
+) -> dict[str, Any]:
+    """Measures one shape; a system that fails leaves its error in the result, and the others go on.
+
+    Args:
+        shape: Key of `SETTINGS`.
+        device: ``cuda``, ``cpu`` or ``auto``.
+        systems: With commas between them; empty for all that take part.
+        tokens: Of the training set; 0 for the setting's own.
+        python: Has the other systems; None for that of ``.venv-baselines``.
+        folder: Where stores go while they are measured; None for a temporary folder.
+        timeout: Seconds for each set of options.
+        repeats: How often each is measured, in turn.
+
+    Returns:
+        What `write` stores.
+
+    Raises:
+        UsageError: The shape, a system or a number is wrong, or the other systems are not installed.
+    """
+    if shape not in SETTINGS:
+        raise UsageError(f"shape is {shape!r}; expected one of {', '.join(SETTINGS)}")
+    if tokens < 0 or repeats < 1:
+        raise UsageError(
+            f"tokens is {tokens} and repeats {repeats}; expected 0 (the setting's own) or more, and 1 or more"
+        )
+    setting = SETTINGS[shape]
+    chosen = [name for name in check_systems(systems) if name in setting.systems]
+    if not chosen:
+        raise UsageError(
+            f"none of {systems} takes part at shape {shape}; expected some of {', '.join(setting.systems)}"
+        )
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    runner = python or baselines_python()
+    workload = _workload(setting, place, tokens)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": f"grass bench systems --shape {shape}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if place.startswith("cuda") else platform.machine(),
+        "device_type": place.split(":")[0],
+        "shape": shape,
+        "model": asdict(setting.shape),
+        "tokens": workload.tokens,
+        "length": setting.length,
+        "batch_size": setting.batch_size,
+        "warm_up": setting.warm_up,
+        "k": setting.k,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "rows": [],
+    }
+    plan = options_for(setting, place)
+    for number in range(repeats):
+        for name in chosen:
+            for options in plan[name]:
+                logger.info("%s (%d of %d)", options.label, number + 1, repeats)
+                home = None if folder is None else folder / f"{name}-{len(result['rows'])}"
+                result["rows"].append(_measure(name, workload, options, runner, home, timeout, number))
+    claim = throughput_percent_faster(result["rows"])
+    if claim is not None:
+        result["throughput_percent_faster"] = claim
+    return result
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Writes the JSON that the book's page and the ledger are drawn from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def throughput_percent_faster(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """By how many percent our FactGraSS is faster than LogIX's LoGra, both ready to score; the best of repeats each."""
+    best: dict[str, float] = {}
+    for row in rows:
+        speed = row.get("tokens_per_second_ready")
+        ours = row["system"] == "grass_lib" and row["options"].get("spec", "").startswith("random_mask")
+        kind = "ours" if ours and row["options"]["hessian"] == "eFIM" else ""
+        if row["system"] == "logix" and row["options"]["hessian"] == "raw":
+            kind = "logix"
+        if kind and speed:
+            best[kind] = max(best.get(kind, 0.0), float(speed))
+    return 100.0 * (best["ours"] / best["logix"] - 1.0) if len(best) == 2 else None
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The rows as text."""
+    lines: list[tuple[str, ...]] = [("system", "tokens/s, one walk", "tokens/s, ready", "peak GB", "stored GB")]
+    for row in result["rows"]:
+        if row["error"]:
+            lines.append((row["label"], row["error"].splitlines()[0][:100], "", "", ""))
+            continue
+        walk, ready, peak = row["tokens_per_second"], row["tokens_per_second_ready"], row["peak_bytes"]
+        shown = "" if peak is None else f"{peak / 1e9:.2f}"
+        lines.append((row["label"], f"{walk:,.0f}", f"{ready:,.0f}", shown, f"{row['stored_bytes'] / 1e9:.3f}"))
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    if result.get("throughput_percent_faster") is not None:
+        text.append(f"FactGraSS is {result['throughput_percent_faster']:.0f} % faster than LogIX's LoGra")
+    return "\n".join(text)
+
+
+def _workload(setting: Setting, device: str, tokens: int) -> Workload:
+    count = max(1, (tokens or setting.tokens) // setting.length)
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, setting.vocabulary, (count, setting.length), generator=generator)
+    return Workload(
+        setting.shape, train, train[:0], None, batch_size=setting.batch_size, device=device, warm_up=setting.warm_up
+    )
+
+
+def _measure(
+    name: str, workload: Workload, options: Options, python: Path, folder: Path | None, timeout: float, number: int
+) -> dict[str, Any]:
+    """One process for one set of options: nothing of the one before is left in memory."""
+    row: dict[str, Any] = {"system": name, "label": options.label, "options": options.to_json(), "repeat": number}
+    try:
+        (found,) = run_system(name, workload, [options], folder=folder, timeout=timeout, python=python)
+    except BaselineError as error:
+        return {**row, "error": str(error)}
+    return {**row, "error": "", **_numbers(found, workload.tokens)}
+
+
+def _numbers(found: Outcome, tokens: int) -> dict[str, Any]:
+    return {
+        "version": found.version,
+        "seconds": dict(found.seconds),
+        "peak_bytes": max(found.peak_bytes.values(), default=None),
+        "peak_bytes_by_phase": dict(found.peak_bytes),
+        "stored_bytes": found.stored_bytes,
+        "tokens_per_second": found.tokens_per_second(tokens, curvature=False),
+        "tokens_per_second_ready": found.tokens_per_second(tokens, curvature=True),
+        "details": dict(found.details),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m grass_lib.bench.systems")
+    parser.add_argument("--shape", default="gpt2", choices=tuple(SETTINGS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--systems", default="")
+    parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=3600.0)
+    parser.add_argument("--python", type=Path)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = run(
+        given.shape,
+        device=given.device,
+        systems=given.systems,
+        tokens=given.tokens,
+        python=given.python,
+        timeout=given.timeout,
+        repeats=given.repeats,
+    )
+    write(result, given.json or Path(f"runs/bench/systems-{given.shape}.json"))
+    sys.stdout.write(summary(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Tables and figures of the comparison with other systems."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.attribution.presets import factgrass_spec, logra_spec
+from grass_lib.baselines.systems import BergsonOptions, DattriOptions, LogIXOptions, Options, OursOptions
+from grass_lib.baselines.workload import Outcome
+from grass_lib.report.style import NEUTRAL, figure_style
+from grass_lib.report.tables import Row, interval_text, with_formats
+from grass_lib.specs import CompressionSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+CACHING = ("set-up", "gradients", "more passes", "curvature")
+_SYSTEM_COLOURS = {
+    "grass_lib": "#0072B2",
+    "logix": "#D55E00",
+    "dattri": "#009E73",
+    "bergson": "#D98C00",
+    "kronfluence": "#9A3FA0",
+}
+
+
+def described(options: Options) -> tuple[str, str]:
+    """A system's options in the terms of a result row: its compression as a spec, and the attributor.
+
+    Args:
+        options: Of any system. LogIX's encoders are uniform, or principal components; their spec is that of the dense
+            type of the same size.
+    """
+    if isinstance(options, OursOptions):
+        return str(CompressionSpec.parse(options.spec)), f"influence_{options.hessian.lower()}"
+    if isinstance(options, LogIXOptions):
+        return f"normal-{options.rank}*{options.rank}->identity", options.system
+    if isinstance(options, BergsonOptions) and options.side:
+        return f"{options.projection_type}-{options.side}*{options.side}->identity", options.system
+    if isinstance(options, DattriOptions) and options.method != "trak":
+        build = logra_spec if options.method == "logra" else factgrass_spec
+        return str(build(options.k)), options.system
+    return "identity", options.system
+
+
+def costs(outcome: Outcome, tokens: int) -> dict[str, Any]:
+    """Fields of a result row that say what a system cost.
+
+    Args:
+        outcome: Of the system.
+        tokens: Of the training sequences.
+    """
+    caching = [outcome.peak_bytes[name] for name in CACHING if name in outcome.peak_bytes]
+    walk = outcome.tokens_per_second(tokens, curvature=False) if outcome.seconds.get("gradients") else None
+    return {
+        "system": outcome.system,
+        "label": outcome.label,
+        "version": outcome.version,
+        "phase_seconds": {name: float(value) for name, value in outcome.seconds.items()},
+        "tokens_per_second": walk,
+        "tokens_per_second_ready": outcome.tokens_per_second(tokens, curvature=True),
+        "scoring_seconds": sum(outcome.seconds.get(name, 0.0) for name in ("queries", "scoring")),
+        "system_peak_bytes": max(caching, default=None),
+        "stored_bytes": outcome.stored_bytes,
+        "in_memory": bool(outcome.details.get("in_memory")),
+        "layers": outcome.details.get("layers"),
+    }
+
+
+def checks_text(found: Iterable[Mapping[str, Any]]) -> str:
+    """Whether two systems compute the same thing: a Markdown table, one row per check.
+
+    Args:
+        found: What ``crosscheck.judge`` gave.
+    """
+    lines = [
+        "| theirs | ours | Spearman | largest difference | same | what remains |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for each in found:
+        numbers = f"{each['spearman']:.6f} | {each['largest_difference']:.1e} | {'yes' if each['same'] else '**no**'}"
+        lines.append(f"| {_cell(each['theirs'])} | {_cell(each['ours'])} | {numbers} | {_cell(each['rest'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def facts_text(found: Iterable[Mapping[str, Any]]) -> str:
+    """What systems did when they were used as documented, seen in this run: a Markdown list.
+
+    Args:
+        found: ``{system, what, expected, seen, why}`` each.
+    """
+    lines = []
+    for each in found:
+        what, expected, seen, why = (_cell(each[name]) for name in ("what", "expected", "seen", "why"))
+        lines.append(
+            f"- **{each['system']}**, {what}. One would expect: {expected}. Seen: **{seen}**. {_sentence(why)}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text of a library as it is, in Markdown."""
+    escaped = html.escape(str(text), quote=False)
+    for mark in ("\\", "|", "*", "_", "`"):
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def cost_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Tokens/s, memory and bytes stored, one row per system and options.
+
+    Args:
+        rows: result rows with ``label``, ``tokens_per_second``, ``tokens_per_second_ready``, ``system_peak_bytes`` and
+            ``stored_bytes``.
+    """
+    import pandas as pd
+
+    records = [
+        {
+            "System": row["label"],
+            "Tokens/s, one walk": row["tokens_per_second"],
+            "Tokens/s, ready to score": row["tokens_per_second_ready"],
+            "Scoring (s)": row["scoring_seconds"],
+            "Memory (GB)": None if row["system_peak_bytes"] is None else row["system_peak_bytes"] / 1e9,
+            "Stored (MB)": row["stored_bytes"] / 1e6,
+        }
+        for row in rows
+    ]
+    whole = "{:,.0f}"
+    formats = {"Tokens/s, one walk": whole, "Tokens/s, ready to score": whole}
+    formats |= {"Scoring (s)": "{:.2f}", "Memory (GB)": "{:.2f}", "Stored (MB)": "{:,.2f}"}
+    return with_formats(pd.DataFrame(records), formats)
+
+
+def systems_lds_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """LDS of every system with its interval and damping.
+
+    Args:
+        rows: result rows with ``label``; those without LDS are left out.
+    """
+    import pandas as pd
+
+    records = [
+        {
+            "System": row["label"],
+            "Features a layer": row["k"],
+            "LDS": float(row["lds"]["mean"]),
+            "95 % interval": interval_text(row["lds"].get("interval")),
+            "Damping": "" if row["damping"] is None else f"{row['damping']:g}",
+        }
+        for row in rows
+        if row.get("lds")
+    ]
+    return with_formats(pd.DataFrame(records), {"LDS": "{:.4f}"})
+
+
+def correlation_figure(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> Figure:
+    """Mean Spearman correlation between the scores of all pairs, as a heat map with its numbers.
+
+    Args:
+        labels: One per row.
+        matrix: Square.
+    """
+    import matplotlib.pyplot as plt
+
+    size = len(labels)
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(2.8 + 0.5 * size, 1.6 + 0.42 * size))
+        axes.grid(visible=False)
+        image = axes.imshow(matrix, cmap="cividis", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(size), [str(place + 1) for place in range(size)])
+        axes.set_yticks(range(size), [f"{label}  {place + 1}" for place, label in enumerate(labels)])
+        axes.tick_params(length=0)
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                shade = "#111111" if value > 0.6 else "#ffffff"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=shade)
+        bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
+        bar.set_label("mean Spearman correlation")
+        figure.tight_layout()
+        plt.close(figure)
+    return figure
+
+
+def throughput_figure(rows: Sequence[Row]) -> Figure:
+    """Tokens/s of caching as bars: one walk over the training set, and until queries can be scored.
+
+    Args:
+        rows: result rows with ``label``, ``system`` and both throughputs.
+    """
+    import matplotlib.pyplot as plt
+
+    places = range(len(rows))
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.36 * len(rows)))
+        colours = [_SYSTEM_COLOURS.get(row["system"], NEUTRAL) for row in rows]
+        walk = [row["tokens_per_second"] or 0.0 for row in rows]
+        ready = [row["tokens_per_second_ready"] or 0.0 for row in rows]
+        axes.barh([place - 0.19 for place in places], walk, height=0.36, color=colours, label="one walk, stored")
+        axes.barh(
+            [place + 0.19 for place in places], ready, height=0.36, color=colours, alpha=0.5, hatch="///",
+            edgecolor=NEUTRAL, linewidth=0.4, label="ready to score (curvature, further passes)",
+        )  # fmt: skip
+        axes.set_yticks(list(places), [row["label"] for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("tokens/s of caching")
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="lower right", fontsize=8.5)
+        figure.tight_layout()
+        plt.close(figure)
+    return figure

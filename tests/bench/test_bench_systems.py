@@ -1,0 +1,57 @@
+"""`grass bench systems` at its smallest, and the figure that the ledger takes from it."""
+
+import json
+import sys
+
+import pytest
+
+from grass_lib.bench.systems import SETTINGS, options_for, run, summary, throughput_percent_faster, write
+from grass_lib.errors import UsageError
+
+
+def test_the_smallest_shape(tmp_path):
+    result = run("tiny", device="cpu", systems="grass_lib", python=sys.executable)
+    write(result, tmp_path / "systems.json")
+    found = json.loads((tmp_path / "systems.json").read_text())
+    assert [row["error"] for row in found["rows"]] == [""] * 4
+    assert all(row["tokens_per_second"] > 0 and row["stored_bytes"] > 0 for row in found["rows"])
+    assert "faster" not in summary(found)  # nothing to compare with
+    assert "FactGraSS-16" in summary(found)
+
+
+def test_a_system_that_fails_leaves_its_error(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such library; exit 1\n")
+    python.chmod(0o755)
+    result = run("tiny", device="cpu", systems="logix", python=python)
+    assert all("no such library" in row["error"] for row in result["rows"])
+    assert "exit code 1" in summary(result)
+
+
+def test_the_paper_s_protocol():
+    llama = SETTINGS["llama"]
+    assert (llama.tokens, llama.batch_size, llama.length, llama.warm_up) == (1_000_000, 4, 1024, 10)
+    assert [options.rank for options in options_for(llama, "cuda")["logix"]] == [64, 64]
+
+
+def test_percent_faster():
+    def row(system, speed, **options):
+        return {"system": system, "options": options, "tokens_per_second_ready": speed}
+
+    rows = [
+        row("grass_lib", 300.0, spec="random_mask-8*8->sjlt-16", hessian="eFIM"),
+        row("grass_lib", 900.0, spec="random_mask-8*8->sjlt-16", hessian="Identity"),
+        row("grass_lib", 800.0, spec="normal-4*4", hessian="eFIM"),
+        row("logix", 100.0, hessian="raw"),
+        row("logix", 120.0, hessian="raw"),
+        row("logix", 500.0, hessian="none"),
+    ]
+    assert throughput_percent_faster(rows) == pytest.approx(150.0)
+    assert throughput_percent_faster(rows[:3]) is None
+
+
+def test_wrong_use_is_named():
+    with pytest.raises(UsageError, match="tiny, gpt2, llama"):
+        run("bert")
+    with pytest.raises(UsageError, match="takes part"):
+        run("llama", systems="dattri", python=sys.executable)

@@ -1,0 +1,112 @@
+"""Tables, figures and pages of the comparison with other systems, and the claim's row of the ledger."""
+
+import json
+
+import pytest
+import torch
+
+from grass_lib.baselines import BergsonOptions, DattriOptions, KronfluenceOptions, LogIXOptions, OursOptions, Outcome
+from grass_lib.errors import RecordError
+from grass_lib.report import ledger, systems
+from grass_lib.report.ledger import FIELDS, THROUGHPUT, ledger_rows
+from grass_lib.report.schema import check_row
+from grass_lib.report.systems_bench import SHAPES, load_systems, systems_markdown, write_systems_parts
+from grass_lib.report.tables import table_html
+
+
+def outcome(system="logix", **seconds):
+    return Outcome(
+        system, system, torch.zeros(1, 2, 3), (0.1,), seconds, {"gradients": 7_000, "scoring": 9_000}, 40, "1.0",
+        details={"layers": 8},
+    )  # fmt: skip
+
+
+def bench(**more):
+    row = {
+        "system": "grass_lib", "label": "grass_lib FactGraSS-16, eFIM", "version": "0.1.0", "error": "", "options": {},
+        "tokens_per_second": 10.0, "tokens_per_second_ready": 8.0, "peak_bytes": 2_000_000_000,
+        "stored_bytes": 5_000_000,
+    }  # fmt: skip
+    failed = {
+        "system": "logix",
+        "label": "LogIX random-4, raw",
+        "version": "",
+        "error": "the worker\nRuntimeError: a|b",
+    }
+    return {
+        "command": "grass bench systems --shape llama", "device": "a GPU", "device_type": "cuda", "date": "2026-01-02",
+        "tokens": 512, "batch_size": 4, "warm_up": 1, "model": {"dtype": "bfloat16"}, "versions": {"torch": "2.13.0"},
+        "rows": [row, failed], **more,
+    }  # fmt: skip
+
+
+def test_costs_are_fields_of_a_result_row():
+    found = systems.costs(outcome(gradients=2.0, curvature=2.0, scoring=3.0), 8)
+    assert (found["tokens_per_second"], found["tokens_per_second_ready"]) == (4.0, 2.0)
+    assert found["system_peak_bytes"] == 7_000  # of caching, not of scoring
+    assert found["scoring_seconds"] == 3.0
+    assert systems.costs(outcome(curvature=2.0), 8)["tokens_per_second"] is None
+    row = {
+        **found, "attributor": "logix", "sparsification": "identity", "projection": "identity", "spec": "identity",
+        "k": None, "lds": None, "noise_ceiling": None, "damping": 0.1, "damping_convention": "relative",
+        "projection_seconds": None, "backend": None, "operator": None,
+    }  # fmt: skip
+    check_row(row)
+    table_html(systems.cost_table([row]), "dt-cost")
+    assert systems.throughput_figure([row]).axes
+
+
+@pytest.mark.parametrize(
+    ("options", "spec", "attributor"),
+    [
+        (OursOptions(spec="normal-4*4->identity"), "normal-4*4->identity", "influence_efim"),
+        (LogIXOptions(rank=8), "normal-8*8->identity", "logix"),
+        (DattriOptions(method="factgrass", k=16), "random_mask-8*8->sjlt-16", "dattri"),
+        (BergsonOptions(side=4), "rademacher-4*4->identity", "bergson"),
+        (KronfluenceOptions(), "identity", "kronfluence"),
+    ],
+)
+def test_options_in_the_terms_of_a_result_row(options, spec, attributor):
+    assert systems.described(options) == (spec, attributor)
+
+
+def test_checks_facts_and_correlations():
+    check = {"theirs": "a", "ours": "b", "spearman": 1.0, "largest_difference": 1e-7, "same": True, "rest": "rounding"}
+    assert "| a | b | 1.000000 | 1.0e-07 | yes | rounding |" in systems.checks_text([check])
+    fact = {"system": "LogIX", "what": "<b>", "expected": "x", "seen": "y", "why": "z"}
+    assert "**LogIX**, &lt;b&gt;. One would expect: x. Seen: **y**. Z." in systems.facts_text([fact])
+    assert len(systems.correlation_figure(["a", "b"], [[1.0, 0.5], [0.5, 1.0]]).axes) == 2
+
+
+def test_a_page_of_the_benchmark(tmp_path):
+    measured, generated = tmp_path / "measured", tmp_path / "generated"
+    measured.mkdir()
+    generated.mkdir()
+    write_systems_parts(measured, generated)
+    assert all("Not measured yet" in (generated / f"systems_{shape}.md").read_text() for shape in SHAPES)
+    (measured / "systems-llama.json").write_text(json.dumps(bench()))
+    write_systems_parts(measured, generated)
+    text = (generated / "systems_llama.md").read_text()
+    assert "| grass_lib FactGraSS-16, eFIM | 10 | 8 | 2.00 | 0.005 |" in text
+    assert "failed: RuntimeError: a/b" in text
+    assert "165 % faster" in systems_markdown(bench(throughput_percent_faster=165.2))
+    (measured / "systems-gpt2.json").write_text("{}")
+    with pytest.raises(RecordError, match="has no rows"):
+        load_systems(measured, "gpt2")
+
+
+@pytest.mark.parametrize(("faster", "verdict"), [(170.0, "reproduced"), (90.0, "differs")])
+def test_the_claim_is_measured_by_the_benchmark(tmp_path, monkeypatch, faster, verdict):
+    monkeypatch.setattr(ledger, "project_root", lambda: tmp_path)
+    folder = tmp_path / "book" / "measured"
+    folder.mkdir(parents=True)
+    (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
+    assert (claim["verdict"], claim["measured"]) == ("not run", None)
+    path = folder / "systems-llama.json"
+    path.write_text(json.dumps(bench(**{THROUGHPUT: faster, "device_type": "cpu"})))
+    assert [row["verdict"] for row in ledger_rows([]) if row["metric"] == THROUGHPUT] == ["not run"]
+    path.write_text(json.dumps(bench(**{THROUGHPUT: faster})))
+    (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
+    assert (claim["verdict"], claim["measured"]) == (verdict, faster)
+    assert set(claim) == set(FIELDS)
+    assert "LogIX" in claim["reason"]
