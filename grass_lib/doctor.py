@@ -1,4 +1,7 @@
-"""What would work on this machine, found out without a network and without starting anything."""
+"""What would work on this machine, found out without starting or downloading anything.
+
+The network is used for one question only: whether a token that is here may read a gated model.
+"""
 
 from __future__ import annotations
 
@@ -144,6 +147,24 @@ def _data_folder() -> Fact:
     return Fact("GRASS_DATA", f"{named} with {', '.join(inside) or 'nothing inside'}", bool(inside))
 
 
+def _gated_model() -> Fact:
+    """Whether Llama's weights can be had; the hub is asked only where there is a token, and nothing is downloaded."""
+    from grass_lib.experiments.models.llama import FOLDER, HUB, hub_access, llama_folder
+
+    try:
+        if llama_folder() is not None:
+            return Fact(HUB, f"found in GRASS_DATA/{FOLDER}", True)
+    except GrassError as error:
+        return Fact(HUB, str(error), False)
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return Fact(HUB, "HF_HUB_OFFLINE is on", None, f"put the model into GRASS_DATA/{FOLDER}, or use weights=random")
+    able, reason = hub_access(HUB)
+    advice = (
+        "" if able else f"ask for access at https://huggingface.co/{HUB}, then `hf auth login`; or use weights=random"
+    )
+    return Fact(HUB, reason, able or None, advice)
+
+
 def _project() -> list[Fact]:
     try:
         root = project_root()
@@ -189,7 +210,7 @@ def machine_facts() -> list[Fact]:
         Fact("Python", platform.python_version(), supported, advice),
         Fact("CPU", f"{cpu_count()} cores, {_gigabytes(memory_bytes())} memory", True),
     ]
-    facts += [*_torch(), *_project(), _data_folder()]
+    facts += [*_torch(), *_project(), _data_folder(), _gated_model()]
     missing = [f"{name} ({use})" for name, use in NEEDED.items() if importlib.util.find_spec(name) is None]
     facts.append(
         Fact(

@@ -19,6 +19,7 @@ from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch
+from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
 from grass_lib.store import ShardWriter, Store
 
@@ -35,6 +36,7 @@ class ShardCache:
 
     Attributes:
         samples: How many were computed.
+        drain: Seconds that the end of the walk waited for the last shards to be written.
     """
 
     def __init__(self, gradients: FactoredGradients, store: Store, curvature: Curvature | None = None) -> None:
@@ -52,13 +54,19 @@ class ShardCache:
         self._sums: list[Tensor] = []
         self._copied = self._submitted = 0
         self._meter = Meter(device)
-        self._waited = 0.0
+        self._transfer = Meter(device)
+        self._waited = self.drain = 0.0
         self.samples = 0
 
     @property
     def seconds(self) -> dict[str, float]:
         """``writing``, for which the walk waited, and ``curvature``; waits for the device."""
         return {"writing": self._waited, "curvature": self._meter.seconds}
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Of copies to the host's memory, on the device's clock; waits for the device."""
+        return self._transfer.seconds
 
     def passes(self, batch: int, worker: int, n_workers: int) -> int:
         """How many batches of a size a worker has to compute."""
@@ -104,7 +112,8 @@ class ShardCache:
             for samples in [] if filler is None else [filler] * idle_passes:
                 self._gradients(samples)
             start = time.perf_counter()
-        self._waited += time.perf_counter() - start
+        self.drain = time.perf_counter() - start
+        self._waited += self.drain
 
     def _shard_of(self, first: int, size: int) -> int:
         """Number of the shard that a batch belongs to."""
@@ -136,8 +145,10 @@ class ShardCache:
     def _flush(self) -> None:
         """Empties the block into the host's memory and the curvature."""
         host, first = self._hosts[self._submitted % 2], self._copied
-        for name, part in self._block.parts():
-            host[name][first : first + len(part)].copy_(part, non_blocking=True)
+        with measured(self._transfer):
+            for name, part in self._block.parts():
+                host[name][first : first + len(part)].copy_(part, non_blocking=True)
+        for _, part in self._block.parts():
             self._sums.append(part.sum(dtype=torch.float32))
         if self._curvature is not None:
             with measured(self._meter), exact_products():
@@ -207,14 +218,14 @@ def default_shard_size(batch: int) -> int:
     return max(_SHARD_SIZE // batch * batch, batch)
 
 
-def check_compile(compile: bool, deterministic: bool) -> None:
+def check_compile(compile: Compile, deterministic: bool) -> None:
     """Refuses kernels that are chosen by timing them, since another run may choose others.
 
     Raises:
         UsageError: ``compile`` is a mode, or the compiler is set to time kernels while bits have to be the same.
     """
-    if not isinstance(compile, bool):
-        raise UsageError(f"compile is {compile!r}; expected True or False (modes are not taken)")
+    if not isinstance(compile, bool) and compile != "blocks":
+        raise UsageError(f"compile is {compile!r}; expected True, False or 'blocks' (modes are not taken)")
     if compile and deterministic:
         import torch._inductor.config as inductor
 

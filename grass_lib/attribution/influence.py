@@ -22,6 +22,7 @@ from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMat
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.passes import Compile
 from grass_lib.gradients.stream import progress_bar, sample_count
 from grass_lib.precision import exact_products
 from grass_lib.ranks import Ranks, is_sharded
@@ -74,7 +75,7 @@ class InfluenceFunction:
         backend: str = "auto",
         shard_size: int | None = None,
         deterministic: bool = True,
-        compile: bool = False,
+        compile: Compile = False,
         precision: Precision = "mixed",
         fingerprint: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
@@ -104,7 +105,8 @@ class InfluenceFunction:
                 the store that is there).
             deterministic: Asks for deterministic kernels while caching on a GPU, so that a run that was killed ends
                 with the same bits.
-            compile: Compiles the pass over the training set, and records it on a GPU.
+            compile: Compiles the pass over the training set, and records it on a GPU; ``"blocks"`` compiles one block
+                of a model of many equal ones and records nothing, for large models.
             precision: ``"mixed"`` sums and multiplies in float32 and decomposes in float64; the other two do everything
                 in one type. On an MLP with 2,000 digits and 256 or 512 features per layer, the largest error over the
                 largest score, against ``"float64"``, is at most 7e-6, 3e-4 and 3e-3 at a damping of 1e-2, 1e-4 and

@@ -16,6 +16,7 @@ from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import LayerMasks, LayerMatrices
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Output
+from grass_lib.gradients.passes import Compile
 from grass_lib.specs import CompressionSpec
 
 
@@ -35,7 +36,7 @@ class InfluenceOptions(TypedDict, total=False):
     backend: str
     shard_size: int | None
     deterministic: bool
-    compile: bool
+    compile: Compile
     precision: Precision
     fingerprint: Mapping[str, Any] | None
     source: Mapping[str, Any] | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from grass_lib.attribution.preconditioner import LayerBasis, warn_unresolved
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
+from grass_lib.gradients.head import takes_head
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import clock, progress_bar, sample_count
 from grass_lib.precision import exact_products
@@ -234,7 +236,9 @@ def clocked(timings: dict[str, float], name: str, device: torch.device) -> Itera
     timings[name] += clock(device) - start
 
 
-def _minus(target: Output) -> Output:
+def _minus(target: Any) -> Output:
+    if takes_head(target):
+        return lambda model, batch, *, head=None: -target(model, batch, head=head)
     return lambda model, batch: -target(model, batch)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from grass_lib.errors import UsageError
+
 app = typer.Typer(help="Measure; prints a table and writes JSON.", no_args_is_help=True)
 
 
@@ -23,6 +25,49 @@ def projections(
 
     result = run(device, repeats=repeats, only=only)
     write(result, json)
+    typer.echo(summary(result))
+
+
+@app.command(help="Tokens a second and memory of caching a language model's gradients, checked (8 minutes on an H100).")
+def throughput(
+    model: Annotated[
+        str, typer.Option(help="llama-3.1-8b, llama-3.1-70b, smollm2-135m, tiny, a model of the hub, or a folder")
+    ] = "llama-3.1-8b",
+    weights: Annotated[str, typer.Option(help="random, or pretrained for a model of the hub or a folder")] = "random",
+    dtype: Annotated[str, typer.Option(help="of the weights: bfloat16, float16 or float32")] = "bfloat16",
+    spec: Annotated[str, typer.Option(help="the compression of interest")] = "random_mask-128*128->sjlt-4096",
+    other: Annotated[str, typer.Option(help="another beside it, '' for none")] = "normal-64*64->identity",
+    batch: Annotated[str, typer.Option(help="sequences in a step, several with commas")] = "4,8",
+    block: Annotated[int, typer.Option(help="tokens in a sequence")] = 1024,
+    samples: Annotated[int, typer.Option(help="sequences that each caching row writes")] = 256,
+    steps: Annotated[int, typer.Option(help="timed steps of the other rows")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
+    folder: Annotated[Path, typer.Option(help="where stores are written for a while")] = Path("runs/bench/throughput"),
+    json: Annotated[Path, typer.Option(help="where the result is written")] = Path("runs/bench/throughput.json"),
+) -> None:
+    """Runs `grass_lib.bench.throughput_run.run` and shows its table and goals."""
+    from grass_lib.bench.throughput_run import run, summary
+
+    try:
+        batches = [int(word) for word in batch.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"--batch is {batch!r}; expected whole numbers with commas between them, such as 4,8"
+        ) from error
+    result = run(
+        model,
+        weights=weights,
+        dtype=dtype,
+        spec=spec,
+        other=other,
+        batches=batches,
+        block=block,
+        samples=samples,
+        steps=steps,
+        device=device,
+        folder=folder,
+        out=json,
+    )
     typer.echo(summary(result))
 
 

@@ -71,6 +71,22 @@ def _gpt2_wikitext_task(scale: str, parameters: Mapping[str, Any], device: str) 
     return import_module("grass_lib.experiments.gpt2_wikitext").task(scale, parameters, device)
 
 
+def _llama3_openwebtext_fingerprint(scale: str) -> str:
+    return import_module("grass_lib.experiments.llama3_openwebtext").data_fingerprint(scale)
+
+
+def _llama3_openwebtext_check(scale: str) -> list[str]:
+    return import_module("grass_lib.experiments.llama3_openwebtext").check(scale)
+
+
+def _llama3_openwebtext_validate(scale: str, parameters: Mapping[str, Any]) -> None:
+    import_module("grass_lib.experiments.llama3_openwebtext").validate(scale, parameters)
+
+
+def _llama3_openwebtext_task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
+    return import_module("grass_lib.experiments.llama3_openwebtext").task(scale, parameters, device)
+
+
 def _musictransformer_maestro_fingerprint(scale: str) -> str:
     return import_module("grass_lib.experiments.musictransformer_maestro").data_fingerprint(scale)
 
@@ -204,6 +220,34 @@ EXPERIMENTS: dict[str, Experiment] = {
         check=_gpt2_wikitext_check,
         validate=_gpt2_wikitext_validate,
         attribution_task=_gpt2_wikitext_task,
+    ),
+    "llama3_openwebtext": Experiment(
+        name="llama3_openwebtext",
+        title="Llama-3.1-8B + OpenWebText",
+        notebook="llama3_openwebtext.ipynb",
+        modules=(
+            *_SHARED,
+            "grass_lib.store",
+            "grass_lib.experiments.llama3_openwebtext",
+            "grass_lib.experiments.llama3_models",
+            "grass_lib.experiments.llama3_protocol",
+            "grass_lib.experiments.llama3_queries",
+            "grass_lib.experiments.llama3_results",
+            "grass_lib.experiments.models.gguf",
+            "grass_lib.experiments.models.llama",
+            "grass_lib.experiments.data.blocks",
+            "grass_lib.experiments.data.documents",
+            "grass_lib.experiments.data.openwebtext",
+            "grass_lib.experiments.data.passages",
+            "grass_lib.experiments.data.sources",
+            "grass_lib.experiments.data.tokenizers",
+            "grass_lib.experiments.data.wikipedia",
+        ),
+        scales=("embedded", "paper"),
+        data_fingerprint=_llama3_openwebtext_fingerprint,
+        check=_llama3_openwebtext_check,
+        validate=_llama3_openwebtext_validate,
+        attribution_task=_llama3_openwebtext_task,
     ),
     "mlp_masks": Experiment(
         name="mlp_masks",

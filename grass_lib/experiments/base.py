@@ -35,7 +35,7 @@ class AttributionTask:
     model: nn.Module
     loss: Output
     target: Output | None
-    layers: str
+    layers: str | Sequence[str]
     include_head: bool
     train: Sequence[Batch]
     n_train: int

@@ -2,6 +2,7 @@
 
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import PerSampleGradients
+from grass_lib.gradients.head import chunked_causal_loss
 from grass_lib.gradients.language import causal_loss, causal_margin
 from grass_lib.gradients.layers import find_layers
 from grass_lib.gradients.masked import MaskedGradients
@@ -21,6 +22,7 @@ __all__ = [
     "PerSampleGradients",
     "causal_loss",
     "causal_margin",
+    "chunked_causal_loss",
     "cross_entropy",
     "find_layers",
     "margin",

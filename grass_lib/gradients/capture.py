@@ -59,6 +59,11 @@ class LayerCapture:
         return self.out.scale * self.into.scale
 
     @property
+    def tables(self) -> Tables:
+        """Of the output side, as `shorten` takes them."""
+        return self._tables
+
+    @property
     def appends_bias(self) -> bool:
         """Whether the contraction adds the column of the bias."""
         return self._into.appends_bias

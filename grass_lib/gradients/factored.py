@@ -17,7 +17,7 @@ from grass_lib.gradients.graph import RecordedStep, shapes_of
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, output_layer
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
-from grass_lib.gradients.passes import Captured, CapturePass, Sides
+from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
 from grass_lib.gradients.sides import Side, build_side, given_side
 from grass_lib.gradients.together import Together
 from grass_lib.projection import GivenProjector, Mask, Projector, build_projector
@@ -69,7 +69,7 @@ class FactoredGradients:
         masks: LayerMasks | None = None,
         matrices: LayerMatrices | None = None,
         backend: str = "auto",
-        compile: bool = False,
+        compile: Compile = False,
         graph: bool | None = None,
         dtype: torch.dtype = torch.float32,
         timed: bool = True,
@@ -91,9 +91,10 @@ class FactoredGradients:
                 ``sparsification`` names, and ``{"layer": (k1 * k2, k)}`` in place of ``projection``. What has no entry
                 is drawn.
             backend: Of stage 2, as in ``build_projector``.
-            compile: Runs forward and backward pass through ``torch.compile``.
+            compile: Runs forward and backward pass through ``torch.compile``; ``"blocks"`` compiles one block of a
+                model of many equal ones, for large models.
             graph: Records the whole step as a CUDA graph at the first batch of `compiled_size` samples and replays it,
-                so that a GPU never waits for Python; None where ``compile`` is on. Ignored on a CPU.
+                so that a GPU never waits for Python; None where ``compile`` is True. Ignored on a CPU.
             dtype: Of the results, float32 or float64.
             timed: Measures the time of stage 1 (not of a compiled or recorded step, whose parts cannot be told apart).
 
@@ -137,12 +138,22 @@ class FactoredGradients:
             for name, capture in self._captures.items()
         }
         self.k = sum(self.sizes.values())
-        self._graph = self.device.type == "cuda" and (compile if graph is None else graph)
+        self._graph = self.device.type == "cuda" and (compile is True if graph is None else graph)
         # The clock of a recorded step would be part of the recording.
         self._stage1_meter = Meter(self.device) if timed and not (compile or self._graph) else None
         self._total_meter, self._stage2_meter = Meter(self.device), Meter(self.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._pass = CapturePass(model, self._captures, compile=compile, meter=self._stage1_meter, dtype=wide)
+        self._pass = CapturePass(
+            model,
+            self._captures,
+            compile=compile,
+            head=head if self.include_head else None,
+            meter=self._stage1_meter,
+            dtype=wide,
+        )
+        # Blocks defer their contractions as a recorded step does; how the batch uses the layers is seen at the first.
+        self._defers = compile == "blocks"
+        self._uses: tuple[object, Sides] | None = None
         self._together = Together(self._captures, self._stage2s)
         self._recorded: RecordedStep | None = None
         self.compiled_size: int | None = None
@@ -222,6 +233,10 @@ class FactoredGradients:
             found = self._replay(samples, n)
             self._count(n)
             return found
+        if self._defers and regular:
+            if self._uses is None or self._uses[0] == shapes_of(samples):
+                return self._block_step(samples, n)
+            regular = False
         with self.attached():
             with measured(self._total_meter):
                 captured = self._pass(output or self.loss, samples, n, compiled=regular)
@@ -243,6 +258,17 @@ class FactoredGradients:
         with measured(self._total_meter):
             return self._recorded(samples)
 
+    def _block_step(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
+        with self.attached():
+            if self._uses is None:
+                self._uses = shapes_of(samples), self._pass.single_uses(self.loss, samples, n)
+            with measured(self._total_meter):
+                captured = self._pass(self.loss, samples, n, compiled=True, deferred=self._uses[1])
+            with measured(self._stage2_meter):
+                rows = self._joined(captured, n)
+        self._count(n)
+        return rows, captured.values
+
     def deferred_step(self, samples: Batch, n: int, uses: Sides) -> tuple[dict[str, Tensor], Tensor]:
         """The step as it is recorded: contractions and stage 2 come after the backward pass, many layers at once.
 
@@ -255,11 +281,15 @@ class FactoredGradients:
             As a call does.
         """
         captured = self._pass(self.loss, samples, n, compiled=True, deferred=uses)
+        return self._joined(captured, n), captured.values
+
+    def _joined(self, captured: Captured, n: int) -> dict[str, Tensor]:
+        """Contraction and stage 2 of all layers, many at once where the kernel can."""
         found = captured.gradients
         sides = {name: (left, captured.inputs[name]) for name in captured.inputs if (left := found[name]) is not None}
         done = self._together(sides) if self.dtype == torch.float32 else {}
         others = self._scaled({name: self._finish(name, captured, n) for name in self.sizes if name not in done})
-        return {name: done[name] if name in done else others[name] for name in self.sizes}, captured.values
+        return {name: done[name] if name in done else others[name] for name in self.sizes}
 
     def _finish(self, name: str, captured: Captured, n: int) -> Tensor:
         """What is left of the contraction, and stage 2, of one layer."""

@@ -33,13 +33,10 @@ def causal_loss(model: Callable[..., Any], batch: Batch, reduction: Reduction = 
     Raises:
         UsageError: If the batch or what the model returns has another form.
     """
-    if reduction not in ("sum", "mean"):
-        raise UsageError(f"reduction is {reduction!r}; expected 'sum' or 'mean' (over the tokens of a sequence).")
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        seen = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise UsageError(f"A batch of text is a dict with the key 'labels'; this one is {seen}.")
-    labels = batch["labels"]
-    result = model(**{name: value for name, value in batch.items() if name != "labels"})
+    following = following_labels(batch, reduction)
+    samples: Any = batch
+    labels = samples["labels"]
+    result = model(**{name: value for name, value in samples.items() if name != "labels"})
     logits = getattr(result, "logits", result)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         seen = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -47,8 +44,6 @@ def causal_loss(model: Callable[..., Any], batch: Batch, reduction: Reduction = 
             f"The model returned {seen} for labels of shape {tuple(labels.shape)}; expected logits (batch, length, "
             "vocabulary)."
         )
-    # The labels are shifted, not the logits: slicing those would copy the largest tensor there is.
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     losses = torch.nn.functional.cross_entropy(
         wide.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none"
@@ -57,6 +52,29 @@ def causal_loss(model: Callable[..., Any], batch: Batch, reduction: Reduction = 
     if reduction == "sum":
         return total
     return total / (following != IGNORED).sum(dim=1).clamp_min(1)
+
+
+def following_labels(batch: Batch, reduction: str = "sum") -> Tensor:
+    """The token that each position predicts, -100 where none counts.
+
+    The labels are shifted, not the logits: slicing those would copy the largest tensor there is.
+
+    Args:
+        batch: As in :func:`causal_loss`.
+        reduction: Checked here for all losses of language models.
+
+    Returns:
+        int64 ``(batch, length)``.
+
+    Raises:
+        UsageError: If the batch has no labels, or there is no such reduction.
+    """
+    if reduction not in ("sum", "mean"):
+        raise UsageError(f"reduction is {reduction!r}; expected 'sum' or 'mean' (over the tokens of a sequence).")
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        seen = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise UsageError(f"A batch of text is a dict with the key 'labels'; this one is {seen}.")
+    return torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def causal_margin(model: Callable[..., Any], batch: Batch) -> Tensor:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
+from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
+from grass_lib.gradients.head import HeadTap, takes_head
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
 
+Compile: TypeAlias = bool | Literal["blocks"]
+"""Whether passes are compiled: as a whole, or block by block with one compiled code for all of them."""
 Sides = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape ``(batch, ..., k1)`` and type of layers' compressed output sides."""
 
@@ -48,7 +52,8 @@ class CapturePass:
         model: nn.Module,
         captures: Mapping[str, LayerCapture],
         *,
-        compile: bool,
+        compile: Compile,
+        head: str | None = None,
         meter: Meter | None,
         dtype: torch.dtype,
     ) -> None:
@@ -57,13 +62,16 @@ class CapturePass:
         Args:
             model: The model.
             captures: By module name.
-            compile: Compiles forward and backward pass.
+            compile: Compiles forward and backward pass, or the model's blocks.
+            head: The output layer, where it is captured.
             meter: Measures stage 1; None for nothing.
             dtype: Of contracted gradients.
         """
         self.model, self.captures = model, captures
         self._modules = dict(model.named_modules())
-        self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile else _evaluate
+        self._blocks = CompiledBlocks(model, captures) if compile == "blocks" else None
+        self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile is True else _evaluate
+        self._head = head
         self._meter, self._dtype = meter, dtype
         self._probes: dict[str, Tensor] = {}
         self._inputs: dict[str, tuple[Tensor, ...]] = {}
@@ -87,7 +95,11 @@ class CapturePass:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             stack.enter_context(evaluating(self.model))
+            if self._blocks is not None:
+                stack.enter_context(self._blocks.installed())
             for name, capture in self.captures.items():
+                if self._blocks is not None and name in self._blocks.names:
+                    continue
                 module = self._modules[name]
                 stack.callback(module.register_forward_pre_hook(self._before(capture), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._after(capture)).remove)
@@ -117,9 +129,14 @@ class CapturePass:
         for name, (shape, dtype) in self._deferred.items():
             self._probes[name] = self._zero(dtype).expand(shape)
         probes = [probe.requires_grad_() for probe in self._probes.values()]
+        head = self._head_tap(output)
         try:
-            with torch.enable_grad():
-                values = (self._compiled if compiled else _evaluate)(output, self.model, samples)
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                if self._blocks is not None:
+                    stack.enter_context(self._blocks.probing(self._probes, self._deferred, compiled=compiled))
+                values = (self._compiled if compiled else _evaluate)(output, self.model, samples, head)
+                inside = {} if self._blocks is None else self._blocks.kept()
                 if not isinstance(values, Tensor) or values.shape != (n,):
                     seen = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                     raise UsageError(
@@ -128,10 +145,18 @@ class CapturePass:
                     )
                 unused: list[Tensor | None] = [None] * len(probes)
                 found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
-            inputs = {name: self._inputs[name][0] for name in self._deferred if name in self._inputs}
+            if head is not None and head.deferred and head.kept is not None:
+                inside[head.capture.name] = head.kept
+            inputs = inside | {name: self._inputs[name][0] for name in self._deferred if name in self._inputs}
             return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), inputs)
         finally:
             self._probes, self._deferred, self._inputs = {}, {}, {}
+
+    def _head_tap(self, output: Output) -> HeadTap | None:
+        """What an output that computes logits by itself gets, where the output layer is captured."""
+        if self._head is None or not takes_head(output):
+            return None
+        return HeadTap(self.captures[self._head], self._probes.get(self._head), self._head in self._deferred)
 
     def _zero(self, dtype: torch.dtype) -> Tensor:
         """One number, made once: making dozens in every step would be dozens of launches."""
@@ -160,7 +185,10 @@ class CapturePass:
         with ExitStack() as stack, torch.no_grad():
             for name in self.captures:
                 stack.callback(self._modules[name].register_forward_hook(watch(name)).remove)
-            output(self.model, samples)
+            head = self._head_tap(output)
+            _evaluate(output, self.model, samples, head)
+            if head is not None:
+                seen[head.capture.name].append(((*head.shape, head.capture.out.k), head.dtype))
         return {
             name: uses[0]
             for name, uses in seen.items()
@@ -190,8 +218,8 @@ class CapturePass:
         return None if torch.compiler.is_compiling() else self._meter
 
 
-def _evaluate(output: Output, model: nn.Module, samples: Batch) -> Tensor:
-    return output(model, samples)
+def _evaluate(output: Any, model: nn.Module, samples: Batch, head: HeadTap | None) -> Tensor:
+    return output(model, samples) if head is None else output(model, samples, head=head)
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:

@@ -123,7 +123,8 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     from grass_lib.report.style import ATTRIBUTOR_TITLES
     from grass_lib.report.tables import k_name, pick_rows
 
-    ranked = sorted(shown, key=lambda item: item.page.scale != "paper" or bool(Measured(item.record, {}).substitute))
+    with_lds = [item for item in shown if any(row.get("lds") for row in item.record.results)]
+    ranked = sorted(with_lds, key=lambda item: item.page.scale != "paper" or bool(Measured(item.record, {}).substitute))
     if not ranked:
         command = pages[0].command if pages else "grass run"
         return (
@@ -175,6 +176,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.published import published_rows
     from grass_lib.report.recipes import recipe_section
     from grass_lib.report.systems_bench import write_systems_parts
+    from grass_lib.report.throughput import write_throughput_parts
     from grass_lib.runner import verified_records
 
     root = Path(root).resolve()
@@ -196,6 +198,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "recipes.md").write_text(recipe_section(records), encoding="utf-8")
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
+    write_throughput_parts(root / "book" / "measured", generated)
     write_systems_parts(root / "book" / "measured", generated)
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
     return shown

@@ -1,0 +1,216 @@
+"""Runs the throughput benchmark: plan, measurement, goals, JSON and a table as text."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grass_lib.bench.throughput import Plan, Row, Throughput, as_json
+from grass_lib.bench.throughput_model import build, product_speed
+from grass_lib.errors import UsageError
+from grass_lib.experiments.base import resolve_device
+from grass_lib.specs import CompressionSpec
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+FACTGRASS, LOGRA = "random_mask-128*128->sjlt-4096", "normal-64*64->identity"
+FASTER, COSINE = 1.35, 0.99
+"""Goals on one H100 at the shape of Llama-3.1-8B: times the plain model, and the worst cosine of a written row."""
+MEMORY = {"Identity": 32e9, "eFIM": 48e9}
+"""Goals for the peak at the smallest batch, bytes."""
+FIRST_BATCH = 60.0
+
+
+def run(
+    model: str = "llama-3.1-8b",
+    *,
+    weights: str = "random",
+    dtype: str = "bfloat16",
+    spec: str = FACTGRASS,
+    other: str = LOGRA,
+    batches: Sequence[int] = (4, 8),
+    block: int = 1024,
+    samples: int = 256,
+    steps: int = 8,
+    device: str = "auto",
+    folder: Path = Path("runs/bench/throughput"),
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measures everything; what was measured is written after every row.
+
+    Args:
+        model: A shape, a model of the hub or a folder.
+        weights: ``random`` or ``pretrained``.
+        dtype: Of the weights.
+        spec: The compression of interest.
+        other: Another beside it; empty for none.
+        batches: Sequences in a step.
+        block: Tokens in a sequence.
+        samples: Sequences that each caching row writes.
+        steps: Timed steps of the other rows.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        folder: Where stores are written for a while.
+        out: Where the JSON goes; None for nowhere.
+
+    Raises:
+        UsageError: An argument does not fit.
+        SpecError: A compression cannot be parsed.
+        DataError: The model cannot be had.
+    """
+    plan = Plan(
+        spec=_parsed(spec),
+        other=_parsed(other) if other else None,
+        batches=tuple(sorted(set(batches))),
+        block=block,
+        samples=samples,
+        steps=steps,
+        folder=Path(folder),
+    )
+    place = torch.device(resolve_device(device))
+    gpu, started = place.type == "cuda", _process_start()
+    if gpu:
+        torch.set_float32_matmul_precision("highest")
+    found = build(model, weights=weights, dtype=dtype, device=place)
+    facts = found.facts(block)
+    bench = Throughput(found, plan, started=started)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": "grass bench throughput",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(place) if gpu else platform.machine(),
+        "device_type": place.type,
+        "versions": _versions(),
+        "model": facts,
+        "spec": str(plan.spec),
+        "block": block,
+        "samples": samples,
+        "product_operations_per_second": None,
+        "rows": [],
+        "check": {},
+        "goals": [],
+    }
+    try:
+        for row in bench.run():
+            result["rows"] = as_json(bench.rows)
+            logger.info("%s", row_text(row))
+            if out is not None:
+                write(result, out)
+    except KeyboardInterrupt:
+        logger.warning("stopped after %d rows; what was measured is kept", len(bench.rows))
+    result["check"] = bench.check
+    result["product_operations_per_second"] = product_speed(place, dtype) if gpu else None
+    result["goals"] = goals(result)
+    if out is not None:
+        write(result, out)
+    return result
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Writes the JSON that the book's page is drawn from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Compares a result with the goals; only those that could be measured are in it, speed and memory on a GPU alone.
+
+    Args:
+        result: Of `run`.
+
+    Returns:
+        ``{"goal", "measured", "limit", "unit", "at_most", "met"}``.
+    """
+    on_gpu = result["device_type"] == "cuda"
+    rows, found = [row for row in result["rows"] if row["tokens_per_second"] and on_gpu], []
+    plain = [row["tokens_per_second"] for row in rows if row["step"] == "plain"]
+    ours = [row for row in rows if row["step"] == "caching" and row["spec"] == result["spec"]]
+    counts = sorted({row["layers"] for row in ours})
+    for count in counts if plain else ():
+        best = max(row["tokens_per_second"] for row in ours if row["layers"] == count and row["hessian"] != "eFIM")
+        found.append(_goal(f"caching {count} layers, times the plain model", best / max(plain), FASTER, "x", False))
+    smallest = min((row["batch"] for row in ours), default=0)
+    for hessian, limit in MEMORY.items():
+        peaks = [row["peak_bytes"] for row in ours if (row["hessian"], row["batch"]) == (hessian, smallest)]
+        if any(peaks):
+            name = f"peak memory at batch {smallest}, {hessian}"
+            found.append(_goal(name, max(filter(None, peaks)) / 1e9, limit / 1e9, "GB", True))
+    first = ours[0]["since_start_seconds"] if ours else None
+    if first is not None:
+        found.append(_goal("first batch done, from the start of the process", first, FIRST_BATCH, "s", True))
+    if result["check"].get("worst_cosine") is not None:
+        name = f"worst cosine of {result['check']['rows']} written rows with an eager capture in float32"
+        found.append(_goal(name, result["check"]["worst_cosine"], COSINE, "", False))
+    return found
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The table as text, the arithmetic floor and the goals."""
+    lines = [row_text(Row(**row)) for row in result["rows"]]
+    speed, needed = result["product_operations_per_second"], result["model"]["operations_per_token"]
+    if speed:
+        lines.append(
+            f"arithmetic floor: {speed / needed:,.0f} tokens/s at {speed / 1e12:.0f} TFLOP/s of a large product and "
+            f"{needed / 1e9:.1f} GFLOP a token"
+        )
+    problems = [problem for row in result["rows"] for problem in row["stored"].get("problems", [])]
+    lines.append(f"stores: {'; '.join(problems) if problems else 'all shards as written'}")
+    if result["check"]:
+        lines.append(f"check: {result['check']}")
+    for goal in result["goals"]:
+        verdict, sign = ("met" if goal["met"] else "MISSED"), ("<=" if goal["at_most"] else ">=")
+        lines.append(
+            f"{verdict}: {goal['goal']}: {goal['measured']:.4g} {sign} {goal['limit']:g} {goal['unit']}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def row_text(row: Row) -> str:
+    """One line of the table."""
+    start = f"{row.step:10} {row.spec:36} {row.layers or '':>4} {row.hessian:9} batch {row.batch:3}"
+    if row.tokens_per_second is None:
+        return f"{start}  {row.note}"
+    memory = "" if row.peak_bytes is None else f"  {row.peak_bytes / 1e9:6.1f} GB"
+    first = "" if row.first_batch_seconds is None else f"  first {row.first_batch_seconds:.1f} s"
+    return f"{start}  {row.tokens_per_second:10,.0f} tokens/s{memory}{first}"
+
+
+def _parsed(text: str) -> CompressionSpec:
+    found = CompressionSpec.parse(text)
+    if not (found.sparsification.is_identity or found.sparsification.is_factored) or found.needs_mask_file:
+        raise UsageError(
+            f"{found} cannot be measured here; expected a factored compression without files, as {FACTGRASS}"
+        )
+    return found
+
+
+def _goal(goal: str, measured: float, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
+    met = measured <= limit if at_most else measured >= limit
+    return {"goal": goal, "measured": measured, "limit": limit, "unit": unit, "at_most": at_most, "met": met}
+
+
+def _process_start() -> float | None:
+    """When this process started, seconds since the epoch."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return float(psutil.Process().create_time())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "triton", "cuda-bindings"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

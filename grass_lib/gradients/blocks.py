@@ -1,0 +1,154 @@
+"""Models made of equal blocks: one block is compiled, and the same code runs all of them.
+
+A compiler that sees a whole model of dozens of blocks takes minutes; one block takes seconds. For the blocks to share
+the code, nothing in it may depend on which block it runs: probes and tables are attributes of modules, which compilers
+pass as arguments, and not entries of a dict by name as hooks have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients.capture import LayerCapture
+
+
+class CapturedLayer(nn.Module):
+    """Stands in for a layer while its gradients are captured.
+
+    Attributes:
+        inner: The layer.
+        probe: Of the present pass; None where the layer runs as it is.
+        deferred: Whether the pass leaves the contraction to the caller.
+        kept: Compressed input of the present pass, where it is deferred.
+    """
+
+    def __init__(self, inner: nn.Module, capture: LayerCapture) -> None:
+        """Keeps both.
+
+        Args:
+            inner: The layer.
+            capture: Of it.
+        """
+        super().__init__()
+        self.inner, self.capture = inner, capture
+        self.probe: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.deferred = False
+
+    @property
+    def weight(self) -> Any:
+        """The layer's, for models that look at it."""
+        return self.inner.weight
+
+    @property
+    def bias(self) -> Any:
+        """The layer's, for models that look at it."""
+        return self.inner.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the layer and attaches the probe."""
+        if self.probe is None:
+            return self.inner(x)
+        kept = self.capture.keep(self.inner, x, None)
+        y = self.inner(x)
+        if self.deferred:
+            self.kept = kept[0]
+            return self.capture.tap(y, self.probe)
+        return self.capture.apply(kept, y, self.probe, None)
+
+
+class CompiledBlocks:
+    """The blocks of a model with the captured layers inside them.
+
+    Attributes:
+        names: Captured layers inside blocks.
+    """
+
+    def __init__(self, model: nn.Module, captures: Mapping[str, LayerCapture]) -> None:
+        """Finds the blocks; the model is not touched.
+
+        Args:
+            model: The model.
+            captures: By module name.
+
+        Raises:
+            UsageError: There is no list of two or more equal blocks.
+        """
+        path = find_blocks(model)
+        modules = dict(model.named_modules())
+        self._blocks: list[Any] = list(modules[path].children())
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._layers: dict[str, CapturedLayer] = {}
+        for name, capture in captures.items():
+            if name.startswith(f"{path}.") and capture.shape.kind in ("linear", "conv1d"):
+                parent, _, last = name.rpartition(".")
+                self._places[name] = modules[parent], last
+                self._layers[name] = CapturedLayer(modules[name], capture)
+        self.names = frozenset(self._layers)
+        self._compiled: list[Any] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Puts the captured layers in their places and takes them out when the block is left, whatever happens."""
+        with ExitStack() as stack:
+            for name, (parent, last) in self._places.items():
+                stack.callback(setattr, parent, last, self._layers[name].inner)
+                self._layers[name].train(self._layers[name].inner.training)
+                setattr(parent, last, self._layers[name])
+            yield
+
+    @contextmanager
+    def probing(self, probes: Mapping[str, Tensor], deferred: Mapping[str, Any], *, compiled: bool) -> Iterator[None]:
+        """Hands probes to the layers, and runs the blocks compiled, within one pass.
+
+        Args:
+            probes: By layer.
+            deferred: Layers whose contraction is left to the caller.
+            compiled: Whether the blocks run compiled.
+        """
+        if compiled and not self._compiled:
+            self._compiled = [torch.compile(block._call_impl, dynamic=False) for block in self._blocks]
+        before = [block._compiled_call_impl for block in self._blocks]
+        try:
+            for name, layer in self._layers.items():
+                layer.probe, layer.deferred = probes.get(name), name in deferred
+            if compiled:
+                for block, run in zip(self._blocks, self._compiled, strict=True):
+                    block._compiled_call_impl = run
+            yield
+        finally:
+            for block, run in zip(self._blocks, before, strict=True):
+                block._compiled_call_impl = run
+            for layer in self._layers.values():
+                layer.probe = layer.kept = None
+
+    def kept(self) -> dict[str, Tensor]:
+        """Compressed inputs of the deferred layers that the pass used."""
+        return {name: layer.kept for name, layer in self._layers.items() if layer.kept is not None}
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Name of the list of blocks that holds most of a model's weights.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UsageError: There is no list of two or more modules of one class.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1:
+            found[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not found:
+        raise UsageError(
+            f"compile='blocks' needs a model with a list of equal blocks, and the {type(model).__name__} has none; "
+            "use compile=True"
+        )
+    return max(found, key=lambda name: found[name])

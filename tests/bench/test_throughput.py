@@ -1,0 +1,207 @@
+"""The throughput benchmark on a CPU with a tiny model: every row is filled, wrong rows show, goals are judged."""
+
+import json
+
+import pytest
+import torch
+from tiny_llama import make_batch, make_llama
+
+from grass_lib.bench import throughput_run
+from grass_lib.bench.throughput_check import cosines, kept_positions
+from grass_lib.bench.throughput_model import build
+from grass_lib.bench.throughput_steps import arithmetic, bare_step, operations, plain_step, reference_step
+from grass_lib.errors import DataError, GrassError, UsageError
+from grass_lib.experiments.models.llama import SHAPES
+from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss
+from grass_lib.report import plan, throughput
+
+SPEC = "random_mask-16*16->sjlt-64"
+OPTIONS = {
+    **{"model": "tiny", "dtype": "float32", "spec": SPEC, "other": "normal-4*4->identity", "batches": (2,)},
+    **{"block": 8, "samples": 8, "steps": 1, "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("throughput")
+    found = throughput_run.run(**OPTIONS, folder=folder / "stores", out=folder / "a" / "b.json")
+    assert json.loads((folder / "a" / "b.json").read_text()) == json.loads(json.dumps(found))
+    assert list((folder / "stores").iterdir()) == []
+    return found
+
+
+def test_every_row_is_measured_and_checked(result):
+    steps = [(row["step"], row["layers"], row["hessian"], row["batch"]) for row in result["rows"]]
+    assert len(steps) == 7
+    assert {("caching", 28, "Identity", 2), ("caching", 29, "Identity", 2), ("plain", 0, "", 2)} <= set(steps)
+    assert ("caching", 29, "eFIM", 2) in steps
+    assert ("reference", 29, "", 2) in steps
+    assert all(row["tokens_per_second"] > 0 and not row["note"] for row in result["rows"])
+    written = [row["stored"] for row in result["rows"] if row["step"] == "caching"]
+    assert all(each["rows"] == 8 and each["problems"] == [] for each in written)
+    assert {each["k"] for each in written} >= {28 * 64, 29 * 64}
+    # Rows are stored in bfloat16, of which eight bits are exact.
+    assert 0.9999 < result["check"]["worst_cosine"] <= 1.0
+    assert result["check"]["rows"] == 8
+    assert abs(result["check"]["mean_kept_position"] - 0.5) < 0.05
+    assert [goal["goal"].split()[0] for goal in result["goals"]] == ["worst"]
+    assert throughput_run.summary(result).count("\n") >= 7
+
+
+def test_operations_of_a_token():
+    model = make_llama()
+    weights = 4 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24) + 37 * 16
+    assert arithmetic(model, 10) == 4 * weights + 4 * 2 * 10 * 16 * 3.5
+    full = SHAPES["llama-3.1-8b"]
+    assert operations(full.linear_weights, 32, 4096, 1024) == pytest.approx(3.1e10, rel=0.02)
+
+
+def test_the_reference_step_computes_the_same_rows_up_to_its_scale():
+    model, batch = make_llama(), make_batch(4)
+    batch = {**batch, "labels": batch["input_ids"]}  # without padding, where its loss means the same
+    gradients = FactoredGradients(
+        model, causal_loss, include_head=True, sparsification="random_mask-6*5", projection="sjlt-11"
+    )
+    before = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
+    wanted, _ = gradients(batch)
+    with reference_step(model, gradients) as step:
+        found = step(batch)
+    # Per-sample gradients of a mean over tokens, times the batch.
+    scales = {name: gradients.sides(name)[0].scale * gradients.sides(name)[1].scale for name in wanted}
+    for name, rows in wanted.items():
+        ours = rows / scales[name] / (batch["input_ids"].shape[1] - 1)
+        assert (found[name] - ours).norm() < 1e-4 * ours.norm(), name
+    assert {name: (id(value), value.requires_grad) for name, value in model.named_parameters()} == before
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_plain_and_bare_steps_give_the_embeddings_gradient():
+    model, batch = make_llama(), make_batch(3)
+    with plain_step(model) as plain, bare_step(model) as bare:
+        torch.testing.assert_close(bare(batch), plain(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_cosines_name_the_worst_layer():
+    exact = {"a": torch.randn(3, 5), "b": torch.randn(3, 5), "c": torch.zeros(3, 5)}
+    turned = exact["b"].clone()
+    turned[1] = -turned[1]
+    found = cosines({**exact, "b": turned}, exact)
+    assert found["worst_layer"] == "b"
+    assert found["worst_cosine"] == pytest.approx(-1.0)
+    assert cosines(exact, exact)["worst_cosine"] == pytest.approx(1.0)
+    dense = FactoredGradients(make_llama(), chunked_causal_loss, sparsification="normal-4*4")
+    assert kept_positions(dense) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"samples": 9}, "multiple of each batch"),
+        ({"samples": 4}, "expected 8 or more"),
+        ({"batches": ()}, "batches"),
+        ({"block": 1}, "blocks of 2"),
+        ({"spec": "random_mask-4096->sjlt-64"}, "factored"),
+        ({"spec": "nothing-3"}, "nothing"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"weights": "none"}, "weights is 'none'"),
+        ({"weights": "pretrained"}, "a shape without weights"),
+    ],
+)
+def test_bad_arguments(tmp_path, changes, match):
+    with pytest.raises(GrassError, match=match):
+        throughput_run.run(**{**OPTIONS, **changes}, folder=tmp_path)
+
+
+def test_models_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="could not be had"):
+        build(str(tmp_path / "none"), device=torch.device("cpu"))
+    make_llama().save_pretrained(tmp_path / "own")
+    for weights in ("random", "pretrained"):
+        found = build(str(tmp_path / "own"), weights=weights, dtype="float32", device=torch.device("cpu"))
+        assert (found.name, found.vocabulary) == ("own", 37)
+
+
+def on_a_gpu(speed):
+    """What a result of a GPU looks like, with made-up numbers."""
+
+    def row(step, tokens, batch=4, layers=0, hessian="", peak=30e9):
+        spec = throughput_run.FACTGRASS if step in ("caching", "reference") else ""
+        stored = (
+            {"rows": 256, "layers": layers, "k": 4096 * layers, "bytes": 1, "problems": []} if step == "caching" else {}
+        )
+        seconds = {"step": 1.0, "capture": 0.9, "transfer": 0.01, "write": 0.0, "curvature": 0.02}
+        return {
+            **{"step": step, "spec": spec, "layers": layers, "hessian": hessian, "batch": batch, "note": ""},
+            **{"tokens_per_second": tokens, "peak_bytes": peak, "seconds": seconds, "stored": stored},
+            **{"first_batch_seconds": 20.0, "since_start_seconds": 45.0},
+        }
+
+    rows = [row("caching", speed, layers=225, hessian="Identity"), row("caching", 15000.0, layers=225, hessian="eFIM")]
+    rows += [row("plain", 10000.0), row("bare", 20000.0), row("reference", 9000.0, layers=225)]
+    rows += [{**row("plain", None, batch=8), "note": "does not fit into memory"}]
+    model = {"name": "llama-3.1-8b", "weights": "random", "dtype": "bfloat16", "parameters": 8_030_261_248}
+    found = {
+        **{"device": "a GPU", "device_type": "cuda", "date": "2026-01-01", "versions": {"torch": "2"}, "rows": rows},
+        **{"command": "grass bench throughput", "block": 1024, "samples": 256, "spec": throughput_run.FACTGRASS},
+        "model": {**model, "operations_per_token": 3.1e10},
+        "product_operations_per_second": 8e14,
+        "check": {"rows": 8, "worst_cosine": 0.995, "worst_layer": "x", "median_cosine": 0.999},
+    }
+    return {**found, "goals": throughput_run.goals(found)}
+
+
+def test_goals_are_judged_on_a_gpu():
+    judged = {goal["goal"]: goal for goal in on_a_gpu(16000.0)["goals"]}
+    assert judged["caching 225 layers, times the plain model"]["measured"] == pytest.approx(1.6)
+    assert all(goal["met"] for goal in judged.values())
+    assert len(judged) == 5
+    assert not on_a_gpu(12000.0)["goals"][0]["met"]
+
+
+def test_the_page_is_drawn_from_the_json(tmp_path):
+    measured, generated = tmp_path / "measured", tmp_path / "generated"
+    written = throughput.write_throughput_parts(measured, generated)
+    assert all("Not measured yet" in path.read_text() for path in written)
+    measured.mkdir()
+    (measured / "throughput.json").write_text(json.dumps(on_a_gpu(16000.0)))
+    written = {path.name: path for path in throughput.write_throughput_parts(measured, generated)}
+    assert written["throughput_rows.svg"].stat().st_size > 1000
+    table = written["throughput_table.md"].read_text()
+    assert "16,000 | 1.60 | 30.0 GB" in table
+    assert "does not fit into memory" in table
+    assert "25,806 tokens/s" in written["throughput_device.md"].read_text()
+    page = (throughput.Path(__file__).parents[2] / "book" / "throughput.md").read_text()
+    for name in written:
+        assert name.endswith(".svg") or f"_generated/{name}" in page
+    for wrong in ("{", "[]", '{"rows": []}'):
+        (measured / "throughput.json").write_text(wrong)
+        with pytest.raises(GrassError, match="run `grass bench throughput` again"):
+            throughput.load(measured)
+
+
+def test_the_plan_follows_from_measured_rates():
+    small, large = plan.plan_rows(on_a_gpu(16000.0))
+    assert small["gpu_hours"] == pytest.approx(1e9 / 16000 / 3600)
+    assert small["bytes"] == pytest.approx(976_562 * 225 * 4096 * 2)
+    assert (small["estimated"], large["estimated"], small["gpus_for_weights"], large["gpus_for_weights"]) == (
+        False,
+        True,
+        1,
+        2,
+    )
+    assert large["gpu_hours"] / small["gpu_hours"] == pytest.approx(70e9 / 7.5e9, rel=0.1)
+    assert "estimate" in plan.plan_table(on_a_gpu(16000.0))
+    other = on_a_gpu(16000.0)
+    other["model"]["name"] = "tiny"
+    assert "Not computed" in plan.plan_table(other)
+
+
+def test_the_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from grass_lib.bench.command import app
+
+    with pytest.raises(UsageError, match="whole numbers"):
+        CliRunner().invoke(app, ["throughput", "--batch", "4;8"], catch_exceptions=False)

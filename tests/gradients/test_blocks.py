@@ -1,0 +1,123 @@
+"""One compiled block for all: the rows of the plain pass, the model as it was, one code for equal blocks."""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny_llama import make_batch, make_llama, rows_of
+from torch import nn
+
+from grass_lib import InfluenceFunction
+from grass_lib.errors import UsageError
+from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss
+from grass_lib.gradients.blocks import find_blocks
+
+MASKED = {"sparsification": "random_mask-6*5", "projection": "sjlt-11"}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Numbers of nodes of the graphs that are compiled, by a backend that needs no C++ compiler."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    found = []
+
+    def count(graph, inputs):
+        found.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    yield found
+    torch._dynamo.reset()
+
+
+def same(found, wanted):
+    for name, rows in wanted.items():
+        assert (found[name] - rows).norm() <= 1e-5 * rows.norm(), name
+
+
+@pytest.mark.parametrize("loss", [chunked_causal_loss, causal_loss])
+def test_compiled_blocks_give_the_rows_of_the_plain_pass(graphs, loss):
+    model, batch = make_llama(), make_batch()
+    names = list(dict(model.named_modules()))
+    plain = FactoredGradients(model, causal_loss, include_head=True, **MASKED)
+    blocks = FactoredGradients(model, loss, include_head=True, compile="blocks", **MASKED)
+    for part in (batch, make_batch(seed=1)):
+        wanted, found = plain(part), blocks(part)
+        same(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1])
+    # The first block has nothing below it to differentiate; all others share one code: two forward, two backward.
+    assert len(graphs) == 4
+    # Batches of another size or length, and other outputs, run as they are.
+    last = rows_of(batch, slice(0, 2))
+    same(blocks(last)[0], plain(last)[0])
+    short = {name: value[:, :6] for name, value in batch.items()}
+    same(blocks(short)[0], plain(short)[0])
+    same(blocks(batch, output=causal_loss)[0], plain(batch)[0])
+    assert len(graphs) == 4
+    assert list(dict(model.named_modules())) == names
+    assert all(block._compiled_call_impl is None for block in model.model.layers)
+
+
+def test_nothing_is_differentiated_below_the_lowest_captured_layer(graphs):
+    model, batch = make_llama(), make_batch()
+    seen = []
+    for block in model.model.layers:
+        block.register_forward_hook(
+            lambda module, args, y: seen.append((y[0] if isinstance(y, tuple) else y).requires_grad)
+        )
+    FactoredGradients(model, chunked_causal_loss, layers="model.layers.2.mlp.*_proj", **MASKED)(batch)
+    assert seen == [False, False, True, True]
+
+
+def test_the_model_is_as_it_was_after_an_exception(graphs):
+    model, batch = make_llama(), make_batch()
+    before = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
+
+    def broken(model, batch):
+        chunked_causal_loss(model, batch)
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        FactoredGradients(model, broken, compile="blocks", **MASKED)(batch)
+    assert {name: (id(value), value.requires_grad) for name, value in model.named_parameters()} == before
+    assert all(block._compiled_call_impl is None for block in model.model.layers)
+
+
+def test_influence_functions_take_compiled_blocks(graphs, tmp_path):
+    model, batch = make_llama(), make_batch(6)
+    train, queries = [rows_of(batch, slice(0, 4)), rows_of(batch, slice(4, 6))], [make_batch(3, seed=2)]
+    scores = []
+    for name, compile in (("plain", False), ("blocks", "blocks")):
+        influence = InfluenceFunction(
+            *(model, chunked_causal_loss),
+            include_head=True,
+            compile=compile,
+            store=tmp_path / name,
+            progress=False,
+            **MASKED,
+        )
+        influence.cache(train)
+        scores.append(influence.attribute(queries, damping=[0.1, 1.0]))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5 * float(scores[0].abs().max()))
+    # A target of the same kind reaches the output layer as well.
+    targeted = InfluenceFunction(
+        *(model, chunked_causal_loss),
+        include_head=True,
+        store=tmp_path / "plain",
+        progress=False,
+        target=lambda model, batch, *, head=None: -chunked_causal_loss(model, batch, head=head),
+        **MASKED,
+    )
+    torch.testing.assert_close(targeted.attribute(queries, damping=[0.1, 1.0]), scores[0])
+
+
+def test_bad_input():
+    with pytest.raises(UsageError, match="list of equal blocks"):
+        FactoredGradients(nn.Sequential(nn.Linear(3, 3)), causal_loss, compile="blocks")
+    assert find_blocks(make_llama()) == "model.layers"
+    with pytest.raises(UsageError, match="'blocks'"):
+        InfluenceFunction(make_llama(), causal_loss, compile="max-autotune")
