@@ -396,15 +396,15 @@ def test_bad_arguments_are_refused():
             influence(model, **options)
 
 
-def test_kernels_chosen_by_timing_are_refused(monkeypatch):
+def test_kernels_chosen_by_timing_are_refused():
     import torch._inductor.config as inductor
 
     model, _, _ = case()
-    monkeypatch.setattr(inductor, "max_autotune", True)
-    with pytest.raises(UsageError, match="max_autotune is on"):
-        influence(model, compile=True)
-    influence(model, compile=True, deterministic=False)
-    influence(model)
+    with inductor.patch(max_autotune=True):
+        with pytest.raises(UsageError, match="max_autotune is on"):
+            influence(model, compile=True)
+        influence(model, compile=True, deterministic=False)
+        influence(model)
 
 
 def test_the_last_bits_matter_to_whoever_adds_rows(tmp_path):
