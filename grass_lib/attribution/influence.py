@@ -86,7 +86,8 @@ class InfluenceFunction:
 
         Args:
             model: The trained model, on the device where everything is computed; it is left as it is found. Its weights
-                may be sharded over ``ranks`` (``torch.distributed.fsdp.fully_shard``), without ``compile``.
+                may be sharded over ``ranks`` (``torch.distributed.fsdp.fully_shard``), without ``compile``;
+                a rank that fails in the middle of a pass then leaves the others waiting until the group's timeout.
             loss: ``loss(model, batch) -> (batch,)``, lower is better.
             layers: As in ``find_layers``.
             include_head: As in ``find_layers``.
@@ -127,6 +128,10 @@ class InfluenceFunction:
             raise UsageError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
         check_compile(compile, deterministic)
         self._ranks = Ranks() if ranks is None else ranks
+        if is_sharded(model) and (self._ranks.alone or compile):
+            raise UsageError(
+                "the model's weights are sharded over ranks; expected ranks=Ranks.joined(), and compile=False"
+            )
         if store is None and not self._ranks.alone:
             raise UsageError(f"store is None with {self._ranks.world} ranks; expected a folder that all of them see")
         self._dtypes = PRECISIONS[precision]
@@ -217,39 +222,31 @@ class InfluenceFunction:
         if not any(todo):
             return
         self._curvature = self._bases = None
-        # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits.
+        # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits (but
+        # for the order of sums over several ranks).
         whole = self.hessian == "eFIM" and sum(todo) == store.n_shards
         curvature = Curvature(primal_layers(store), self.device, self._dtypes[0]) if whole else None
+        cache = ShardCache(self._gradients, store, curvature)
+        # All ranks take part in every pass of a model whose weights are sharded: those with fewer have idle ones.
+        passes = cache.passes(size, worker, n_workers) if is_sharded(self._gradients.model) else 0
+        idle = max(self._ranks.tell(passes)) - passes
         with self._ranks.together("caching"):
-            if missing or is_sharded(self._gradients.model):
-                self._fill(store, curvature, chain([first], batches), size, worker=worker, n_workers=n_workers)
+            if missing or idle:
+                self._gradients.compiled_size = size
+                self._fill(cache, store, chain([first], batches), worker=worker, n_workers=n_workers, idle_passes=idle)
         if curvature is not None:
             with clocked(self.timings, "curvature", self.device):
                 reduce_curvature(curvature, list(store.layers), self._ranks)
         self._curvature = curvature
 
-    def _fill(
-        self,
-        store: Store,
-        curvature: Curvature | None,
-        batches: Iterable[Batch],
-        size: int,
-        *,
-        worker: int,
-        n_workers: int,
-    ) -> None:
-        """Computes a worker's missing shards."""
-        cache = ShardCache(self._gradients, store, curvature)
-        self._gradients.compiled_size = size
-        before, idle = self._gradients.timings, 0
-        if is_sharded(self._gradients.model):
-            passes = cache.passes(size, worker, n_workers)
-            idle = max(self._ranks.tell(passes)) - passes
+    def _fill(self, cache: ShardCache, store: Store, batches: Iterable[Batch], **work: int) -> None:
+        """Computes a worker's missing shards, and keeps the time."""
+        before = self._gradients.timings
         with (
             reproducible(self.device, self.deterministic),
             progress_bar(store.n_samples, "gradients", self._progress) as bar,
         ):
-            cache.run(batches, bar, worker=worker, n_workers=n_workers, idle_passes=idle)
+            cache.run(batches, bar, **work)
         after = self._gradients.timings
         self.timings |= cache.seconds | {name: after[name] - before[name] for name in after}
         self.timings["samples"] = float(cache.samples)
@@ -346,9 +343,11 @@ class InfluenceFunction:
                 exact_products(),
             ):
                 keep, solve = self._dtypes
-                self._bases = decompose(store, own, self._curvature, self.device, solve=solve, keep=keep)
-                self._curvature = None
-            told = self._ranks.tell({name: basis.residual for name, basis in self._bases.items()})
+                # The sums are used up on the way, and so are not there for a second attempt.
+                curvature, self._curvature = self._curvature, None
+                bases = decompose(store, own, curvature, self.device, solve=solve, keep=keep)
+            self._bases = bases
+            told = self._ranks.tell({name: basis.residual for name, basis in bases.items()})
             found = {name: value for part in told for name, value in part.items()}
             self.residuals = {name: found[name] for name in store.layers}
         return self._bases

@@ -158,7 +158,11 @@ class Scorer:
         """
         self._start(bases, grid)
         result = torch.zeros(len(grid), store.n_samples, dtype=self._dtype, device=self.device)
-        with clocked(self._timings, "scoring", self.device), exact_products():
+        with (
+            self._ranks.together("scoring"),
+            clocked(self._timings, "scoring", self.device),
+            exact_products(),
+        ):
             layers = [name for place, name in enumerate(store.layers) if self._ranks.owns(place)]
             for samples, name, rows in store.stream(layers=layers) if layers else ():
                 for part, values in device_rows(rows, self._dtype, self.device):

@@ -31,7 +31,7 @@ NoWait = Annotated[
     bool,
     typer.Option(
         "--no-wait",
-        help="Return once the jobs are submitted; the same command without it, or `grass jobs wait`, waits for them.",
+        help="Return once the jobs are submitted; `grass jobs wait` waits for them.",
         rich_help_panel=_PANEL,
     ),
 ]

@@ -181,6 +181,8 @@ def influence_of(
     def prepare() -> tuple[AttributionTask, LayerMasks | None]:
         # Workers that start together: the first trains and fits, the others read what it wrote.
         folder = masks_folder(source.experiment, source.scale)
+        if not spec.sparsification.needs_mask_file:
+            return build(source.scale, source.parameters, resolve_device(device)), None
         folder.mkdir(parents=True, exist_ok=True)
         with creation_lock(folder):
             return prepare_alone(folder)

@@ -65,11 +65,12 @@ def fit_layer_masks(
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     provenance = {"model": model_sha256(model), "data": data_sha256}
+    named = {**provenance, "rank_limit": str(RANKS[scale]), "head": str(include_head)}
     return fit_stages(
         model,
         loss,
         train,
-        stage_files(folder, stages, method=method, seed=seed, provenance=provenance),
+        stage_files(folder, stages, method=method, seed=seed, provenance=named),
         layers=layers,
         include_head=include_head,
         method=method,

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.capture import LayerCapture, Tables
 from grass_lib.gradients.language import IGNORED, Reduction, following_labels
 from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.ranks import is_distributed
 
 TOKENS = 1024
 """Tokens whose logits are held at once."""
@@ -107,7 +107,7 @@ def _parts(model: Any) -> tuple[Any, nn.Linear]:
             f"the {type(model).__name__} has no body and linear output layer that chunked_causal_loss could run one "
             "after the other; expected a causal language model of transformers, or use causal_loss"
         )
-    if isinstance(layer.weight, DTensor):
+    if is_distributed(layer.weight):
         raise UsageError(
             f"the output layer of the {type(model).__name__} is sharded over ranks, and chunked_causal_loss needs it "
             "whole; leave it out of fully_shard, or use causal_loss"

@@ -145,6 +145,12 @@ class CapturePass:
                     )
                 unused: list[Tensor | None] = [None] * len(probes)
                 found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
+            if self._head is not None and head is None and found[list(self._probes).index(self._head)] is None:
+                raise UsageError(
+                    f"the output layer {self._head} is captured, and {getattr(output, '__qualname__', output)} did not "
+                    "run it as a module; a function around chunked_causal_loss must take head= and pass it on "
+                    "(functools.partial does), or leave the layer out with include_head=False"
+                )
             if head is not None and head.deferred and head.kept is not None:
                 inside[head.capture.name] = head.kept
             inputs = inside | {name: self._inputs[name][0] for name in self._deferred if name in self._inputs}

@@ -7,6 +7,7 @@ of one model's masks and half of another's.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Mask]) -> None:
             tensors[f"{key}/scores"] = mask.scores.cpu().contiguous()
         described[key] = {"p": mask.p, "fingerprint": mask.fingerprint, "provenance": dict(mask.provenance)}
     metadata = {"format": FORMAT, "masks": json.dumps(described)}
-    with replacing(path, path.with_name(f".{path.name}.part")) as file:
+    with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.part")) as file:
         file.write(save(tensors, metadata))
 
 

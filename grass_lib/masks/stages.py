@@ -88,7 +88,7 @@ def fit_stages(
     """
     shapes = find_layers(model, layers, include_head=include_head)
     counts = {stage: check_sides(stage.dims) for stage in files}
-    given = {**provenance, "recipe": recipe}
+    given = {**provenance, "recipe": recipe, "rank_limit": str(rank), "head": str(include_head)}
     found: dict[StageSpec, StageMasks] = {}
     for stage, file in files.items():
         if file.exists():

@@ -141,6 +141,16 @@ def test_several_ranks_need_a_folder_and_no_worker(tmp_path):
         influence.cache([(torch.ones(2, 2), torch.zeros(2).long())], worker=0, n_workers=3)
 
 
+def test_sharded_weights_need_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr("grass_lib.attribution.influence.is_sharded", lambda model: True)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="sharded over ranks"):
+        InfluenceFunction(model, cross_entropy)
+    with pytest.raises(UsageError, match="compile=False"):
+        InfluenceFunction(model, cross_entropy, ranks=Ranks(0, 2), store=tmp_path, compile=True)
+    InfluenceFunction(model, cross_entropy, ranks=Ranks(0, 2), store=tmp_path)
+
+
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_rankings_of_parts_are_the_ranking_of_all(k):
     generator = torch.Generator().manual_seed(0)

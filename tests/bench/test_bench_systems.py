@@ -9,6 +9,7 @@ from grass_lib.bench.systems import SETTINGS, options_for, run, summary, through
 from grass_lib.errors import UsageError
 
 
+@pytest.mark.system
 def test_the_smallest_shape(tmp_path):
     result = run("tiny", device="cpu", systems="grass_lib", python=sys.executable)
     write(result, tmp_path / "systems.json")

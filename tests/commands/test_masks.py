@@ -142,6 +142,7 @@ def test_a_file_of_another_request_or_model_is_refused(toy, grass, tmp_path):
     assert "another model: expected model" in err
 
 
+@pytest.mark.system
 def test_the_embedded_mlp(grass, tmp_path, monkeypatch):
     monkeypatch.setenv("GRASS_RUNS", str(tmp_path))
     words = ["mlp_mnist", "--k", "256", "--method", "energy", "-p", "n_trak_models=1"]

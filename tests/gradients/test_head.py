@@ -123,6 +123,16 @@ def test_logits_are_never_whole():
     assert max(largest) == 4 * VOCABULARY
 
 
+def test_a_function_around_the_loss_that_hides_the_output_layer_is_refused():
+    """Its rows would be zeros otherwise, and nobody would see it."""
+    model, batch = make_llama(), make_batch(2)
+    factored = FactoredGradients(model, lambda model, batch: 2 * chunked_causal_loss(model, batch), include_head=True)
+    with pytest.raises(UsageError, match=r"did not run it as a module.*head="):
+        factored(batch)
+    rows, _ = FactoredGradients(model, partial(chunked_causal_loss, tokens=4), include_head=True)(batch)
+    assert all(bool(part.any()) for part in rows.values())
+
+
 def test_bad_input():
     model, batch = make_llama(), make_batch()
     assert takes_head(chunked_causal_loss)

@@ -75,6 +75,12 @@ def test_masks_of_another_origin_have_other_files_and_are_refused(model, loader,
         run(model, loader, files, **change)
 
 
+def test_masks_of_thinner_factors_are_refused(model, loader, tmp_path):
+    run(model, loader, files_in(tmp_path), rank=4)
+    with pytest.raises(UsageError, match="another rank_limit: expected rank_limit 8"):
+        run(model, loader, files_in(tmp_path), rank=8)
+
+
 def test_flat_sizes_are_refused(model, loader, tmp_path):
     with pytest.raises(UsageError, match="k_out, k_in"):
         run(model, loader, {StageSpec.parse("selective_mask-4"): tmp_path / "a"})

@@ -207,6 +207,7 @@ def test_rows_of_the_study_of_masks_stand_for_the_pair():
     row = find(ledger_rows([run]), "selective_mask-4096")
     assert (row["measured"], row["verdict"]) == (0.41, "reproduced")
     assert "one mask for all networks" in row["reason"]
+    assert "the first of 2 seeds (0.4100 to 0.5000)" in row["reason"]
     missing = find(ledger_rows([run]), "selective_mask-2048")
     assert "`grass run mlp_masks --scale paper`" in missing["reason"]
     assert find(ledger_rows([run]), "sjlt-4096")["verdict"] == "not run"

@@ -95,18 +95,19 @@ def test_a_page_of_the_benchmark(tmp_path):
         load_systems(measured, "gpt2")
 
 
-@pytest.mark.parametrize(("faster", "verdict"), [(170.0, "reproduced"), (90.0, "differs")])
-def test_the_claim_is_measured_by_the_benchmark(tmp_path, monkeypatch, faster, verdict):
+@pytest.mark.parametrize("faster", [170.0, 90.0])
+def test_the_claim_is_measured_by_the_benchmark(tmp_path, monkeypatch, faster):
     monkeypatch.setattr(ledger, "project_root", lambda: tmp_path)
     folder = tmp_path / "book" / "measured"
     folder.mkdir(parents=True)
     (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
     assert (claim["verdict"], claim["measured"]) == ("not run", None)
+    assert "grass bench systems --shape llama" in claim["reason"]
     path = folder / "systems-llama.json"
     path.write_text(json.dumps(bench(**{THROUGHPUT: faster, "device_type": "cpu"})))
     assert [row["verdict"] for row in ledger_rows([]) if row["metric"] == THROUGHPUT] == ["not run"]
     path.write_text(json.dumps(bench(**{THROUGHPUT: faster})))
     (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
-    assert (claim["verdict"], claim["measured"]) == (verdict, faster)
+    assert (claim["verdict"], claim["measured"]) == ("not comparable", faster)  # the weights are random
     assert set(claim) == set(FIELDS)
     assert "LogIX" in claim["reason"]
