@@ -125,11 +125,24 @@ class Ranks:
             dist.monitored_barrier(self.control, timeout=PATIENCE, wait_all_ranks=True)
         except RuntimeError as error:
             found = _FAILED.search(str(error))
-            who = f"rank {found[1].strip()}" if found else "a rank that rank 0 names"
+            gone = found[1].strip() if found else ", ".join(map(str, self._gone()))
+            who = f"rank {gone}" if gone else "a rank that rank 0 names"
             raise GrassError(
                 f"{who} of {self.world} went away during {what}: killed, out of memory, or its machine is gone; look "
                 "at its log. What was finished is kept: start the same command again"
             ) from error
+
+    def _gone(self) -> list[int]:
+        """Ranks whose connection is closed, as the first rank sees them; none for the others, which cannot tell."""
+        if self.rank:
+            return []
+        gone = []
+        for other in range(1, self.world):
+            try:
+                dist.irecv(torch.empty(1), src=other, group=self.control)  # refused at once by a closed connection
+            except RuntimeError:
+                gone.append(other)
+        return gone
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

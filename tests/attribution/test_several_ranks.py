@@ -89,23 +89,46 @@ def test_a_killed_rank_is_named_and_the_next_run_goes_on(tmp_path):
     compare(found(tmp_path / "killed", 2), found(tmp_path / "whole", 1)[0])
 
 
+GONE = """
+import os, signal, sys, time
+import torch.distributed as dist
+from grass_lib.errors import GrassError
+from grass_lib.ranks import Ranks
+dist.init_process_group("gloo")
+ranks, late = Ranks.joined(), sys.argv[1] == "late"
+ranks.tell("here")
+try:
+    with ranks.together("caching"):
+        if ranks.rank == 1:
+            time.sleep(0 if late else 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2 if late else 0)
+except GrassError as error:
+    print(error, flush=True)
+    os._exit(1)
+"""
+
+
 @pytest.mark.system
-def test_without_torchrun_the_others_say_who_is_gone(tmp_path):
-    """Processes that nobody watches: the first rank names the one that is gone, at once."""
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+@pytest.mark.parametrize("when", ["late", "early"])
+def test_without_torchrun_the_first_rank_says_who_is_gone(when):
+    """Processes that nobody watches, whether the first rank waits already or comes when the other is dead."""
+    environment = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     started = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(tmp_path), "random_mask-4*4", "eFIM", "1"],
-            env={**environment, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)},
-            stderr=subprocess.PIPE,
+            [sys.executable, "-c", GONE, when],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(3)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert started[0].returncode == 1
-    assert "rank 1 of 2 went away during caching" in errors[0]
-    assert "start the same command again" in errors[0]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [1, -9, 1]
+    assert "rank 1 of 3 went away during caching" in said[0]
+    assert "start the same command again" in said[0]
+    assert "of 3 went away during caching" in said[2]
 
 
 def free_port():

@@ -91,7 +91,8 @@ def test_run_page_has_figures_formulas_and_tables(browser: Any, built_book: Path
     assert browser.execute_script(count, "mjx-container svg") >= 1
     assert browser.execute_script("return document.querySelector('details.hide').open") is False
     _open(browser, built_book, "book/method")
-    assert browser.execute_script(count, "mjx-container[display=true] svg") == 12
+    formulas = (ROOT / "book" / "method.md").read_text(encoding="utf-8").count("```{math}")
+    assert browser.execute_script(count, "mjx-container[display=true] svg") == formulas > 10
     assert browser.execute_script(count, "mjx-merror, [data-mml-node=merror]") == 0
 
 
