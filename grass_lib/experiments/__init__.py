@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -19,100 +19,15 @@ _SHARED = (
 )
 
 
-def _mlp_mnist_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.mlp_mnist").data_fingerprint(scale)
+def _late(module: str, function: str) -> Callable[..., Any]:
+    """A function of an experiment's module, which is imported at the first call: the command line starts quickly."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(f"grass_lib.experiments.{module}"), function)(*arguments)
+
+    return call
 
 
-def _mlp_mnist_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.mlp_mnist").check(scale)
-
-
-def _mlp_mnist_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.mlp_mnist").validate(scale, parameters)
-
-
-def _mlp_masks_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.mlp_masks").data_fingerprint(scale)
-
-
-def _mlp_masks_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.mlp_masks").check(scale)
-
-
-def _mlp_masks_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.mlp_masks").validate(scale, parameters)
-
-
-def _resnet9_cifar2_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.resnet9_cifar2").data_fingerprint(scale)
-
-
-def _resnet9_cifar2_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.resnet9_cifar2").check(scale)
-
-
-def _resnet9_cifar2_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.resnet9_cifar2").validate(scale, parameters)
-
-
-def _gpt2_wikitext_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.gpt2_wikitext").data_fingerprint(scale)
-
-
-def _gpt2_wikitext_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.gpt2_wikitext").check(scale)
-
-
-def _gpt2_wikitext_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.gpt2_wikitext").validate(scale, parameters)
-
-
-def _gpt2_wikitext_task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
-    return import_module("grass_lib.experiments.gpt2_wikitext").task(scale, parameters, device)
-
-
-def _llama3_openwebtext_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.llama3_openwebtext").data_fingerprint(scale)
-
-
-def _llama3_openwebtext_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.llama3_openwebtext").check(scale)
-
-
-def _llama3_openwebtext_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.llama3_openwebtext").validate(scale, parameters)
-
-
-def _llama3_openwebtext_task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
-    return import_module("grass_lib.experiments.llama3_openwebtext").task(scale, parameters, device)
-
-
-def _musictransformer_maestro_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.musictransformer_maestro").data_fingerprint(scale)
-
-
-def _musictransformer_maestro_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.musictransformer_maestro").check(scale)
-
-
-def _musictransformer_maestro_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.musictransformer_maestro").validate(scale, parameters)
-
-
-def _logix_comparison_fingerprint(scale: str) -> str:
-    return import_module("grass_lib.experiments.logix_comparison").data_fingerprint(scale)
-
-
-def _logix_comparison_check(scale: str) -> list[str]:
-    return import_module("grass_lib.experiments.logix_comparison").check(scale)
-
-
-def _logix_comparison_validate(scale: str, parameters: Mapping[str, Any]) -> None:
-    import_module("grass_lib.experiments.logix_comparison").validate(scale, parameters)
-
-
-# The modules of an experiment are imported only when it is asked for something, so that the command line starts
-# quickly.
 EXPERIMENTS: dict[str, Experiment] = {
     "mlp_mnist": Experiment(
         name="mlp_mnist",
@@ -129,9 +44,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.sources",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_mlp_mnist_fingerprint,
-        check=_mlp_mnist_check,
-        validate=_mlp_mnist_validate,
+        data_fingerprint=_late("mlp_mnist", "data_fingerprint"),
+        check=_late("mlp_mnist", "check"),
+        validate=_late("mlp_mnist", "validate"),
     ),
     "resnet9_cifar2": Experiment(
         name="resnet9_cifar2",
@@ -155,9 +70,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.sources",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_resnet9_cifar2_fingerprint,
-        check=_resnet9_cifar2_check,
-        validate=_resnet9_cifar2_validate,
+        data_fingerprint=_late("resnet9_cifar2", "data_fingerprint"),
+        check=_late("resnet9_cifar2", "check"),
+        validate=_late("resnet9_cifar2", "validate"),
     ),
     "musictransformer_maestro": Experiment(
         name="musictransformer_maestro",
@@ -187,9 +102,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.windows",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_musictransformer_maestro_fingerprint,
-        check=_musictransformer_maestro_check,
-        validate=_musictransformer_maestro_validate,
+        data_fingerprint=_late("musictransformer_maestro", "data_fingerprint"),
+        check=_late("musictransformer_maestro", "check"),
+        validate=_late("musictransformer_maestro", "validate"),
     ),
     "gpt2_wikitext": Experiment(
         name="gpt2_wikitext",
@@ -216,10 +131,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.wikitext",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_gpt2_wikitext_fingerprint,
-        check=_gpt2_wikitext_check,
-        validate=_gpt2_wikitext_validate,
-        attribution_task=_gpt2_wikitext_task,
+        data_fingerprint=_late("gpt2_wikitext", "data_fingerprint"),
+        check=_late("gpt2_wikitext", "check"),
+        validate=_late("gpt2_wikitext", "validate"),
+        attribution_task=_late("gpt2_wikitext", "task"),
     ),
     "llama3_openwebtext": Experiment(
         name="llama3_openwebtext",
@@ -244,10 +159,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.wikipedia",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_llama3_openwebtext_fingerprint,
-        check=_llama3_openwebtext_check,
-        validate=_llama3_openwebtext_validate,
-        attribution_task=_llama3_openwebtext_task,
+        data_fingerprint=_late("llama3_openwebtext", "data_fingerprint"),
+        check=_late("llama3_openwebtext", "check"),
+        validate=_late("llama3_openwebtext", "validate"),
+        attribution_task=_late("llama3_openwebtext", "task"),
     ),
     "mlp_masks": Experiment(
         name="mlp_masks",
@@ -266,9 +181,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.sources",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_mlp_masks_fingerprint,
-        check=_mlp_masks_check,
-        validate=_mlp_masks_validate,
+        data_fingerprint=_late("mlp_masks", "data_fingerprint"),
+        check=_late("mlp_masks", "check"),
+        validate=_late("mlp_masks", "validate"),
     ),
     "logix_comparison": Experiment(
         name="logix_comparison",
@@ -294,9 +209,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "grass_lib.experiments.data.wikitext",
         ),
         scales=("embedded", "paper"),
-        data_fingerprint=_logix_comparison_fingerprint,
-        check=_logix_comparison_check,
-        validate=_logix_comparison_validate,
+        data_fingerprint=_late("logix_comparison", "data_fingerprint"),
+        check=_late("logix_comparison", "check"),
+        validate=_late("logix_comparison", "validate"),
         optional=True,
     ),
 }
