@@ -89,6 +89,24 @@ def systems(
     typer.echo(summary(result))
 
 
+@app.command(help="One GPU and two: caching, curvature, sharded weights and a killed rank (6 minutes on two H100s).")
+def scaling(
+    shape: Annotated[str, typer.Option(help="llama (two GPUs) or tiny (any CPU)")] = "llama",
+    rows: Annotated[int, typer.Option(help="sequences that are cached; 0 for the shape's own")] = 0,
+    batch: Annotated[int, typer.Option(help="sequences in a step; 0 for the shape's own")] = 0,
+    parts: Annotated[str, typer.Option(help="with commas between them")] = "caching,curvature,fsdp,kill",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
+    folder: Annotated[Path | None, typer.Option(help="where stores are written for a while")] = None,
+    json: Annotated[Path, typer.Option(help="where the result is written")] = Path("runs/bench/scaling.json"),
+) -> None:
+    """Runs `grass_lib.bench.scaling.run` and shows its table and goals."""
+    from grass_lib.bench.scaling import run, summary
+
+    words = [word.strip() for word in parts.split(",") if word.strip()]
+    result = run(shape, rows=rows, batch=batch, parts=words, device=device, folder=folder, out=json)
+    typer.echo(summary(result))
+
+
 @app.callback()
 def bench() -> None:
     """Measurements."""

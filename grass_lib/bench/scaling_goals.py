@@ -1,0 +1,50 @@
+"""What several ranks have to be like, judged on a result of `grass bench scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SPEEDUP, ROW, SCORE, NOTICED = 1.9, 1e-2, 1e-5, 60.0
+"""Two ranks over one in tokens/s; worst row and score against one rank; seconds until a lost rank is an error."""
+
+
+def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Compares a result with the goals; only those that could be measured are in it, speed on GPUs alone.
+
+    Args:
+        result: Of `grass_lib.bench.scaling.run`.
+
+    Returns:
+        ``{"goal", "measured", "limit", "unit", "at_most", "met"}``.
+    """
+    parts, found = result["parts"], []
+    caching = parts.get("caching", {})
+    if "speedup" in caching and result["device_type"] == "cuda":
+        found.append(_goal("caching with two ranks, times one", caching["speedup"], SPEEDUP, "x", False))
+    for part, found_part in parts.items():
+        store = found_part.get("store")
+        if store is not None:
+            # Stores that cannot be compared row for row are as far apart as can be.
+            worst = float("inf") if store["worst_row"] is None or store["problems"] else store["worst_row"]
+            found.append(_goal(f"{part}: worst row against one rank's", worst, ROW, "", True))
+        if "score_error" in found_part:
+            found.append(_goal(f"{part}: worst score against one rank's", found_part["score_error"], SCORE, "", True))
+    for world in (1, 2):
+        errors = [each["error"] for each in parts.get("curvature", {}).get(f"sums_{world}", []) if "error" in each]
+        if errors:
+            found.append(_goal(f"sums over {world} rank(s) against float64", max(errors), SCORE, "", True))
+    kill = parts.get("kill", {})
+    if "seconds_to_error" in kill:
+        # An error that does not say who is gone helps nobody.
+        late = kill["seconds_to_error"] if kill["names_rank"] and kill["code"] else float("inf")
+        found.append(_goal("a killed rank is an error that names it after", late, NOTICED, "s", True))
+    if "kept_unchanged" in kill:
+        kept = kill["kept_unchanged"] and kill["shards_kept"] > 0 and kill["resumed_code"] == 0
+        found.append(_goal("the next run goes on with the shards that are there", float(kept), 1.0, "", False))
+    return found
+
+
+def _goal(goal: str, measured: float, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
+    met = measured <= limit if at_most else measured >= limit
+    return {"goal": goal, "measured": measured, "limit": limit, "unit": unit, "at_most": at_most, "met": met}
