@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -102,6 +103,8 @@ def scaling(
     """Runs `grass_lib.bench.scaling.run` and shows its table and goals."""
     from grass_lib.bench.scaling import run, summary
 
+    # Launches take minutes: each says when it starts and ends.
+    logging.getLogger("grass_lib.bench.scaling").setLevel(logging.INFO)
     words = [word.strip() for word in parts.split(",") if word.strip()]
     result = run(shape, rows=rows, batch=batch, parts=words, device=device, folder=folder, out=json)
     typer.echo(summary(result))

@@ -16,7 +16,8 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         result: Of `grass_lib.bench.scaling.run`.
 
     Returns:
-        ``{"goal", "measured", "limit", "unit", "at_most", "met"}``.
+        ``{"goal", "measured", "limit", "unit", "at_most", "met"}``; ``measured`` is None where there was nothing to
+        measure, which is a goal missed: stores that are not alike, an error that names nobody.
     """
     parts, found = result["parts"], []
     caching = parts.get("caching", {})
@@ -25,8 +26,7 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for part, found_part in parts.items():
         store = found_part.get("store")
         if store is not None:
-            # Stores that cannot be compared row for row are as far apart as can be.
-            worst = float("inf") if store["worst_row"] is None or store["problems"] else store["worst_row"]
+            worst = None if store["problems"] else store["worst_row"]
             found.append(_goal(f"{part}: worst row against one rank's", worst, ROW, "", True))
         if "score_error" in found_part:
             found.append(_goal(f"{part}: worst score against one rank's", found_part["score_error"], SCORE, "", True))
@@ -37,7 +37,7 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     kill = parts.get("kill", {})
     if "seconds_to_error" in kill:
         # An error that does not say who is gone helps nobody.
-        late = kill["seconds_to_error"] if kill["names_rank"] and kill["code"] else float("inf")
+        late = kill["seconds_to_error"] if kill["names_rank"] and kill["code"] else None
         found.append(_goal("a killed rank is an error that names it after", late, NOTICED, "s", True))
     if "kept_unchanged" in kill:
         kept = kill["kept_unchanged"] and kill["shards_kept"] > 0 and kill["resumed_code"] == 0
@@ -45,6 +45,6 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _goal(goal: str, measured: float, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
-    met = measured <= limit if at_most else measured >= limit
+def _goal(goal: str, measured: float | None, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
+    met = measured is not None and (measured <= limit if at_most else measured >= limit)
     return {"goal": goal, "measured": measured, "limit": limit, "unit": unit, "at_most": at_most, "met": met}

@@ -39,34 +39,39 @@ class Batches:
     """Batches of random tokens in a fixed order.
 
     Attributes:
-        started: When the clock started, seconds of `time.perf_counter`; None before.
+        started: When the clock started, seconds of `time.perf_counter`; 0 before.
         warm: The same, seconds since the epoch.
+        killed_at: Before which sequence the process kills itself; None for never.
+        note: Where it writes when, seconds since the epoch.
     """
 
-    def __init__(self, work: Work, n: int, seed: int, *, ranks: Ranks | None = None, device: torch.device) -> None:
+    def __init__(
+        self, work: Work, n: int, seed: int, size: int, *, ranks: Ranks | None = None, device: torch.device
+    ) -> None:
         """Draws the tokens.
 
         Args:
             work: Sizes.
             n: Sequences.
             seed: Of the tokens.
+            size: Sequences in a batch.
             ranks: Start their clocks together after the warm-up; None for no clock.
             device: Has finished its work by then.
         """
         generator = torch.Generator().manual_seed(seed)
         self._ids = torch.randint(0, work.sizes.vocabulary, (n, work.block), generator=generator)
-        self._work, self._ranks, self._device = work, ranks, device
+        self._size, self._warm_up, self._ranks, self._device = size, work.warm_up, ranks, device
         self.started = self.warm = 0.0
         self.killed_at: int | None = None
         self.note = Path()
 
     def __len__(self) -> int:
-        return -(-len(self._ids) // self._work.batch)
+        return -(-len(self._ids) // self._size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, ids in enumerate(self._ids.split(self._work.batch)):
-            position = number * self._work.batch
-            if self._ranks is not None and position == self._work.warm_up:
+        for number, ids in enumerate(self._ids.split(self._size)):
+            position = number * self._size
+            if self._ranks is not None and position == self._warm_up:
                 clock(self._device)
                 self._ranks.meet("the warm-up")
                 self.started, self.warm = time.perf_counter(), time.time()
@@ -150,7 +155,8 @@ class Rank:
 
     def _cache(self, influence: InfluenceFunction) -> None:
         work, ranks = self._work, self._ranks
-        batches = Batches(work, work.rows, 1, ranks=None if self._task == "kill" else ranks, device=self._device)
+        timed = None if self._task == "kill" else ranks
+        batches = Batches(work, work.rows, 1, work.batch, ranks=timed, device=self._device)
         if self._task == "kill":
             mark = self._plan.folder / "killed-at.txt"
             # The second start finds the note, and is left alone.
@@ -181,7 +187,9 @@ class Rank:
         """Scores of some queries, kept in a file beside the store; kernels that give the same bits every time."""
         self._empty()
         self._reset_peak()
-        queries = Batches(self._work, self._work.queries, 2, device=self._device)
+        # Queries do not run through compiled blocks and need more memory each.
+        size = max(1, self._work.batch // 4)
+        queries = Batches(self._work, self._work.queries, 2, size, device=self._device)
         start = clock(self._device)
         with reproducible(self._device, True):
             scores = influence.attribute(queries, DAMPING)

@@ -71,7 +71,7 @@ SMALL = LlamaSizes(
 SETTINGS: Mapping[str, tuple[Work, Work]] = MappingProxyType(
     {
         "llama": (
-            Work(SHAPES["llama-3.1-8b"], "random_mask-128*128->sjlt-4096", 1024, 640, 8, 64, 8, "bfloat16"),
+            Work(SHAPES["llama-3.1-8b"], "random_mask-128*128->sjlt-4096", 1024, 576, 8, 32, 8, "bfloat16"),
             Work(SMALL, "random_mask-32*32->sjlt-64", 256, 256, 4, 8, 8, "float32"),
         ),
         "tiny": (
