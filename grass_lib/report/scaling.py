@@ -157,7 +157,8 @@ def kill_section(result: Result) -> str:
     return (
         "Rank 1 was killed with SIGKILL in the middle of its work. The run ended "
         f"{part['seconds_to_error']:.1f} s later with exit code {part['code']} and said:\n\n```text\n{said}\n```\n\n"
-        f"The same command, started again, computed {rows} rows; the {part['shards_kept']} of {part['shards']} shards that were there {kept}. "
+        f"The same command, started again, computed {rows} rows; "
+        f"the {part['shards_kept']} of {part['shards']} shards that were there {kept}. "
         f"{_store_sentence(part)} Scores differ by at most {part['score_error']:.1g} of the largest.\n"
     )
 

@@ -113,7 +113,7 @@ def on_gpus():
     sums = {"layers": 225, "bytes": 15e9, "reduce_seconds": 0.1, "sum_seconds": 1.0, "eigen_seconds": 2.0}
     sums |= {"eigen_size": 4096, "error": 1e-7, "peak_bytes": 40e9}
     kill = {"seconds_to_error": 3.0, "names_rank": True, "code": 1, "kept_unchanged": True, "shards_kept": 3}
-    main, small = SETTINGS["llama"]
+    main, _ = SETTINGS["llama"]
     return {
         "device_type": "cuda",
         "main": {"rows": main.rows, "block": main.block},
