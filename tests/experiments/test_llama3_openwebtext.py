@@ -28,7 +28,15 @@ PARAMETERS = {
         "head": True,
         "hessian": "eFIM",
     },
-    **{"damping": 0.0, "dtype": "bfloat16", "batch_size": 0, "n_prompts": 0, "deterministic": True, "device": "cpu"},
+    **{
+        "damping": 0.0,
+        "dtype": "bfloat16",
+        "batch_size": 0,
+        "n_prompts": 0,
+        "deterministic": True,
+        "fp8": False,
+        "device": "cpu",
+    },
 }
 
 
