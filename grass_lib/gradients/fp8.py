@@ -94,7 +94,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """
     values, own = quantised(x)
     # Row-wise scales come with results in bfloat16; fast sums are the only fast kernels that such scales have.
-    multiply = _multiplied if x.is_cpu else torch._scaled_mm
+    multiply: Any = _multiplied if x.is_cpu else torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
     found = multiply(values, weight.t(), own, scales, out_dtype=torch.bfloat16, use_fast_accum=True)
     return found.to(x.dtype)
 
@@ -127,7 +127,7 @@ def block_linears(model: nn.Module) -> list[str]:
     Raises:
         UsageError: The model has no list of equal blocks, or no linear layer there.
     """
-    path = find_blocks(model, "fp8 products")
+    path = find_blocks(model, "fp8=True")
     found = [name for name, module in model.named_modules() if name.startswith(f"{path}.") and _is_linear(module)]
     if not found:
         raise UsageError(f"the blocks of the {type(model).__name__} have no linear layer; use fp8=False")
@@ -153,7 +153,7 @@ def check_fp8(model: nn.Module, names: Iterable[str] | None = None) -> list[str]
         if module is None or not _is_linear(module):
             kind = "not there" if module is None else f"a {type(module).__name__}"
             raise UsageError(f"layer '{name}' is {kind}; fp8 products are for layers of the class torch.nn.Linear")
-        weight: Tensor = module.weight
+        weight: Any = module.weight
         problem = device_problem(weight.device)
         if is_distributed(weight):
             problem = "its weight is sharded over ranks"

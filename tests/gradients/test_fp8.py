@@ -294,7 +294,7 @@ def test_what_cannot_work_is_said_before(monkeypatch):
     model = make_wide()
     with pytest.raises(UsageError, match="'none' is not there"):
         check_fp8(model, ["none"])
-    with pytest.raises(UsageError, match="fp8 products needs? a model with a list of equal blocks"):
+    with pytest.raises(UsageError, match="fp8=True needs a model with a list of equal blocks"):
         check_fp8(nn.Sequential(nn.Linear(16, 16)))
     for options in ({"compile": True}, {"graph": True}):
         with pytest.raises(UsageError, match="compile=False or 'blocks'"):
