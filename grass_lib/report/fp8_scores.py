@@ -101,7 +101,7 @@ def _scores_text(path: Path) -> str:
         f"On {found['model']}, whose weights are pretrained, {found['passages']} passages of up to {found['tokens']} "
         f"tokens and {found['prompts']} prompts were scored with gradients of {found['layers']} linear layers: the "
         f"output layer and those of the last {found['last_blocks']} of {found['blocks']} blocks ({found['spec']}). "
-        f"They were computed in each of these ways and compared with float32 ({found['date']}, on a CPU, which computes "
+        f"They were computed in each of these ways and compared with float32 ({found['date']}, on a CPU, which makes "
         "the roundings of FP8 without its speed). Products in FP8 are those of all blocks.\n\n"
     )
     lines = [
