@@ -81,6 +81,7 @@ class InfluenceFunction:
         source: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
         progress: bool = True,
+        fp8: bool = False,
     ) -> None:
         """Checks everything that can be checked before data is read.
 
@@ -118,6 +119,8 @@ class InfluenceFunction:
                 folder. Each caches the shards that leave its number, owns every world-th layer's curvature and scores
                 its shards. :meth:`cache` and whatever scores are then called by all of them, and give the same on all.
             progress: Shows bars for work that lasts more than 3 s.
+            fp8: Runs the products of all linear layers in the model's blocks in FP8, of training samples and queries,
+                as in ``FactoredGradients``. Its stores are never mixed with others.
 
         Raises:
             SpecError: The compression does not fit.
@@ -149,6 +152,7 @@ class InfluenceFunction:
             backend=backend,
             compile=compile,
             dtype=torch.float64 if any(own.dtype == torch.float64 for own in model.parameters()) else torch.float32,
+            fp8=fp8,
         )
         self.spec, self.sizes, self.k = self._gradients.spec, self._gradients.sizes, self._gradients.k
         self.include_head, self.device = self._gradients.include_head, self._gradients.device

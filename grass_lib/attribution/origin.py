@@ -78,6 +78,8 @@ class KeptStore:
             "operators": ", ".join(sorted({*gradients.backends.values()} & {*_PACKAGES})) or "grass_lib",
             "computed_in": str(gradients.dtype).removeprefix("torch."),
             **({"matrices": matrix_fingerprints(matrices)} if matrices else {}),
+            # Only where it is so: stores from before the switch keep their fingerprints.
+            **({"fp8": True} if gradients.fp8 else {}),
             **settings,
         }
         clash = sorted({"model", *own} & (given or {}).keys())

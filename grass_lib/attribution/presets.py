@@ -41,6 +41,7 @@ class InfluenceOptions(TypedDict, total=False):
     fingerprint: Mapping[str, Any] | None
     source: Mapping[str, Any] | None
     progress: bool
+    fp8: bool
 
 
 def LoGra(model: nn.Module, loss: Output, *, k: int = 4096, **options: Unpack[InfluenceOptions]) -> InfluenceFunction:

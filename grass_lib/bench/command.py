@@ -42,6 +42,7 @@ def throughput(
     block: Annotated[int, typer.Option(help="tokens in a sequence")] = 1024,
     samples: Annotated[int, typer.Option(help="sequences that each caching row writes")] = 256,
     steps: Annotated[int, typer.Option(help="timed steps of the other rows")] = 8,
+    fp8: Annotated[bool, typer.Option("--fp8", help="rows with FP8 products as well, last")] = False,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     folder: Annotated[Path, typer.Option(help="where stores are written for a while")] = Path("runs/bench/throughput"),
     json: Annotated[Path, typer.Option(help="where the result is written")] = Path("runs/bench/throughput.json"),
@@ -67,6 +68,7 @@ def throughput(
         steps=steps,
         device=device,
         folder=folder,
+        fp8=fp8,
         out=json,
     )
     typer.echo(summary(result))

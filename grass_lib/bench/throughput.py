@@ -11,10 +11,8 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -23,10 +21,10 @@ from tqdm import tqdm
 
 from grass_lib.attribution.caching import ShardCache
 from grass_lib.attribution.curvature import Curvature
-from grass_lib.bench.throughput_check import cosines, kept_positions
+from grass_lib.bench.throughput_check import cosines, kept_positions, score_agreement
 from grass_lib.bench.throughput_model import BenchModel
+from grass_lib.bench.throughput_rows import CHECKED, SCORED, Plan, Row
 from grass_lib.bench.throughput_steps import Batch, Step, bare_step, plain_step, reference_step
-from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.head import chunked_causal_loss
 from grass_lib.gradients.language import causal_loss
@@ -37,81 +35,8 @@ from grass_lib.store import GradientStore
 logger = logging.getLogger(__name__)
 
 _WARM_UP = 3
-CHECKED = 8
-"""Rows that are compared with an eager capture in float32."""
 _PINNED_SHARD = 2**28
 """Bytes of a shard: two of them stay in pinned memory, which makes copies to the host wait for nothing."""
-
-
-@dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-        step: ``plain``, ``reference``, ``bare`` or ``caching``.
-        spec: Compression; empty where nothing is captured.
-        layers: Captured layers.
-        hessian: ``eFIM`` where the curvature was summed on the device.
-        batch: Sequences in a step.
-        tokens_per_second: Of the steady state: without the first steps, and without the wait for the last shard.
-        peak_bytes: Most memory of the device that was allocated.
-        seconds: By part of the work, a step: ``step``, and for caching ``capture``, ``transfer``, ``write``.
-        first_batch_seconds: Of the first step, compilation included.
-        since_start_seconds: From the start of the process to the end of the first step.
-        stored: What was written and what the check of the store said.
-        note: Why it was not measured.
-    """
-
-    step: str
-    spec: str = ""
-    layers: int = 0
-    hessian: str = ""
-    batch: int = 0
-    tokens_per_second: float | None = None
-    peak_bytes: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    first_batch_seconds: float | None = None
-    since_start_seconds: float | None = None
-    stored: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.
-
-    Attributes:
-        spec: The compression of interest.
-        other: Another one beside it; None for none.
-        batches: Sequences in a step, the smaller sizes first.
-        block: Tokens in a sequence.
-        samples: Sequences that each caching row writes.
-        steps: Timed steps of the other rows.
-        folder: Where stores are written; each is removed after its check.
-
-    Raises:
-        UsageError: A number is too small, or the samples are no multiple of the batches.
-    """
-
-    spec: CompressionSpec
-    other: CompressionSpec | None
-    batches: tuple[int, ...]
-    block: int
-    samples: int
-    steps: int
-    folder: Path
-
-    def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1 or self.block < 2 or self.steps < 1:
-            raise UsageError(
-                f"batches {self.batches}, block {self.block}, steps {self.steps}; expected batches and steps of 1 "
-                "or more, and blocks of 2 tokens or more"
-            )
-        wrong = [size for size in self.batches if self.samples % size or self.samples < CHECKED]
-        if wrong:
-            raise UsageError(
-                f"samples is {self.samples}; expected {CHECKED} or more, and a multiple of each batch, {self.batches}"
-            )
 
 
 class Throughput:
@@ -120,6 +45,7 @@ class Throughput:
     Attributes:
         rows: What was measured so far.
         check: Comparison of written rows with an eager capture in float32.
+        fp8: The same for rows with FP8 products, and how alike they rank samples; empty where there are none.
     """
 
     def __init__(self, model: BenchModel, plan: Plan, *, started: float | None = None) -> None:
@@ -137,7 +63,9 @@ class Throughput:
         self._ids = ids.pin_memory() if self._device.type == "cuda" else ids
         self.rows: list[Row] = []
         self.check: dict[str, Any] = {}
-        self._checked: dict[str, Tensor] = {}
+        self.fp8: dict[str, Any] = {}
+        self._written: dict[str, Tensor] = {}
+        self._wanted: dict[str, Tensor] = {}
 
     def run(self) -> Iterator[Row]:
         """Measures row by row; a row that does not fit into memory says so and the next one follows."""
@@ -167,6 +95,18 @@ class Throughput:
         yield self._guarded("reference", plan.batches[0], self._reference)
         self._compare()
 
+    def run_fp8(self) -> Iterator[Row]:
+        """Caching with FP8 products, row by row: whatever goes wrong there is a note, and later rows follow.
+
+        To be run after `run`: an error of a GPU can spoil what comes after it in the process.
+        """
+        for size in self._plan.batches:
+            first = size == self._plan.batches[0]
+            yield (row := self._guarded_fp8(size, compiled=self._device.type == "cuda", kept=first))
+            if first and row.tokens_per_second is None and self._device.type == "cuda":
+                # What is there to learn without a compiler: the effect on scores above all.
+                yield self._guarded_fp8(size, compiled=False, kept=True)
+
     @property
     def _model(self) -> Any:
         return self._bench.model
@@ -182,6 +122,24 @@ class Throughput:
         self.rows.append(row)
         return row
 
+    def _guarded_fp8(self, size: int, *, compiled: bool, kept: bool) -> Row:
+        torch._dynamo.reset()
+        try:
+            row = self._caching(self._plan.spec, size, head=True, kept=kept, fp8=True, compiled=compiled)
+        except Exception as error:
+            logger.warning("the row with fp8 products failed", exc_info=True)
+            reason = (str(error).splitlines() or [""])[0]
+            row = Row("caching", str(self._plan.spec), batch=size, fp8=True)
+            row.note = f"failed{'' if compiled else ' (not compiled)'}: {type(error).__name__}: {reason}"[:300]
+            for folder in self._plan.folder.glob("*-fp8"):
+                shutil.rmtree(folder, ignore_errors=True)
+        gc.collect()
+        with suppress(RuntimeError):  # of a GPU that reports the failure again
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.rows.append(row)
+        return row
+
     def _batches(self, size: int) -> Iterator[Batch]:
         for ids in self._ids.split(size):
             yield {"input_ids": ids, "labels": ids}
@@ -190,25 +148,37 @@ class Throughput:
         ids = self._ids[:size].to(self._device)
         return {"input_ids": ids, "labels": ids}
 
-    def _gradients(self, spec: CompressionSpec, head: bool) -> FactoredGradients:
+    def _gradients(
+        self, spec: CompressionSpec, head: bool, *, fp8: bool = False, compiled: bool = True
+    ) -> FactoredGradients:
         return FactoredGradients(
             self._bench.model,
             chunked_causal_loss,
             include_head=head,
-            compile="blocks" if self._device.type == "cuda" else False,
+            compile="blocks" if compiled and self._device.type == "cuda" else False,
             timed=False,
+            fp8=fp8,
             sparsification=str(spec.sparsification),
             projection=str(spec.projection),
         )
 
     def _caching(
-        self, spec: CompressionSpec, size: int, *, head: bool, hessian: str = "Identity", kept: bool = False
+        self,
+        spec: CompressionSpec,
+        size: int,
+        *,
+        head: bool,
+        hessian: str = "Identity",
+        kept: bool = False,
+        fp8: bool = False,
+        compiled: bool = True,
     ) -> Row:
-        plan, gradients = self._plan, self._gradients(spec, head)
-        row = Row("caching", str(spec), len(gradients.sizes), hessian, size)
+        plan, gradients = self._plan, self._gradients(spec, head, fp8=fp8, compiled=compiled)
+        row = Row("caching", str(spec), len(gradients.sizes), hessian, size, fp8=fp8)
+        row.note = "not compiled" if not compiled and self._device.type == "cuda" else ""
         row_bytes = 2 * gradients.k
         shard = max(size, min(plan.samples, _PINNED_SHARD // row_bytes) // size * size)
-        folder = plan.folder / f"{spec.slug}-{len(gradients.sizes)}-{size}-{hessian}"
+        folder = plan.folder / f"{spec.slug}-{len(gradients.sizes)}-{size}-{hessian}{'-fp8' if fp8 else ''}"
         shutil.rmtree(folder, ignore_errors=True)
         store = GradientStore.create(
             folder,
@@ -216,7 +186,7 @@ class Throughput:
             n_samples=plan.samples,
             shard_size=shard,
             dtype=torch.bfloat16,
-            fingerprint={"model": self._bench.name, "data": "random tokens", "spec": str(spec)},
+            fingerprint={"model": self._bench.name, "data": "random tokens", "spec": str(spec), "fp8": fp8},
         )
         self._reset_peak()
         with gradients.attached():
@@ -251,14 +221,17 @@ class Throughput:
             "bytes": store.stored_bytes,
         }
         row.stored["problems"] = problems
-        if kept and not problems:
+        written = {name: rows[:SCORED].clone() for name, rows in store.read(0).items()} if kept and not problems else {}
+        shutil.rmtree(folder, ignore_errors=True)
+        if written and fp8:
+            self._compare_fp8(written)
+        elif written:
+            self._written = written
             self.check = {
                 "spec": str(spec),
                 "mean_kept_position": kept_positions(gradients),
                 "dtype": self._bench.dtype,
             }
-            self._checked = {name: rows[:CHECKED].clone() for name, rows in store.read(0).items()}
-        shutil.rmtree(folder, ignore_errors=True)
         return row
 
     def _timed(self, name: str, build: Callable[[], AbstractContextManager[Step]], size: int, **facts: Any) -> Row:
@@ -291,8 +264,8 @@ class Throughput:
         return statistics.median(seconds)
 
     def _compare(self) -> None:
-        """Rows that were written against an eager capture in float32 of the same model, which is then of that type."""
-        if not self._checked:
+        """Rows that were written against an eager capture in float32 of the same model, which is widened meanwhile."""
+        if not self._written:
             return
         spec, model = self._plan.spec, self._bench.widened()
         gradients = FactoredGradients(
@@ -304,8 +277,19 @@ class Throughput:
             timed=False,
         )
         exact = [gradients(dict(batch))[0] for batch in list(self._rows_alone())]
-        wanted = {name: torch.cat([rows[name].cpu() for rows in exact]) for name in self._checked}
-        self.check |= {"rows": CHECKED, **cosines(self._checked, wanted)}
+        self._wanted = {name: torch.cat([rows[name].cpu() for rows in exact]) for name in self._written}
+        self.check |= {"rows": CHECKED, **cosines(_first(self._written), self._wanted)}
+        del gradients, exact
+        self._bench.narrowed()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _compare_fp8(self, written: dict[str, Tensor]) -> None:
+        """Rows with FP8 products against the eager capture in float32, and their scores against those without."""
+        self.fp8 = {"spec": str(self._plan.spec)}
+        if self._wanted:
+            self.fp8 |= {"rows": CHECKED, **cosines(_first(written), self._wanted)}
+            self.fp8 |= score_agreement(written, self._written)
 
     def _rows_alone(self) -> Iterator[Batch]:
         for ids in self._ids[:CHECKED].split(1):
@@ -320,6 +304,5 @@ class Throughput:
         return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows as plain values."""
-    return [asdict(row) for row in rows]
+def _first(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part[:CHECKED] for name, part in rows.items()}

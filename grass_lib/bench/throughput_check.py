@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grass_lib.evaluation.ranks import spearman
 from grass_lib.gradients.factored import FactoredGradients
 
 
@@ -35,6 +36,34 @@ def cosines(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
         "worst_layer": names[worst],
         "median_cosine": float(every.median()),
     }
+
+
+def score_agreement(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Whether two sets of rows of the same samples rank them alike: by inner products of each row with all others.
+
+    Args:
+        found: ``{layer: (n, k)}``, of three samples or more.
+        wanted: The same, computed in another way.
+
+    Returns:
+        ``scored_rows``, and over rows the mean and the lowest of Spearman's correlation between the inner products with
+        the other rows: ``mean_spearman``, ``worst_spearman``; None where a correlation is not defined.
+    """
+    left, right = _others(found), _others(wanted)
+    values = spearman(left, right)
+    defined = bool(values.isfinite().all())
+    return {
+        "scored_rows": left.shape[1],
+        "mean_spearman": float(values.mean()) if defined else None,
+        "worst_spearman": float(values.min()) if defined else None,
+    }
+
+
+def _others(rows: Mapping[str, Tensor]) -> Tensor:
+    """Inner products ``(n - 1, n)`` of every row with the other ones."""
+    scores = torch.stack([part.double() @ part.double().T for part in rows.values()]).sum(dim=0)
+    n = len(scores)
+    return scores[~torch.eye(n, dtype=torch.bool)].view(n, n - 1).T
 
 
 def kept_positions(gradients: FactoredGradients) -> float | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grass_lib.bench.throughput_steps import arithmetic
 from grass_lib.errors import DataError, UsageError
@@ -27,6 +28,7 @@ class BenchModel:
         weights: ``random`` or ``pretrained``.
         dtype: Name of its type.
         build_seconds: Of making it.
+        narrow: Types of weights and buffers before they were widened.
     """
 
     model: Any
@@ -34,6 +36,7 @@ class BenchModel:
     weights: str
     dtype: str
     build_seconds: float
+    narrow: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -47,8 +50,19 @@ class BenchModel:
 
     def widened(self) -> Any:
         """The same model in float32, in place."""
+        self.narrow = {name: value.dtype for name, value in self._values()}
         self.model = self.model.float()
         return self.model
+
+    def narrowed(self) -> Any:
+        """The model as it was before it was widened, bit for bit, in place."""
+        for name, value in self._values():
+            value.data = value.data.to(self.narrow.get(name, value.dtype))
+        self.narrow = {}
+        return self.model
+
+    def _values(self) -> list[tuple[str, Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
 
     def facts(self, block: int) -> dict[str, Any]:
         """Name, sizes, and the operations that a token needs at least."""

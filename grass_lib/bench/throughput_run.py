@@ -7,14 +7,15 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grass_lib.bench.throughput import Plan, Row, Throughput, as_json
+from grass_lib.bench.throughput import Throughput
 from grass_lib.bench.throughput_model import build, product_speed
+from grass_lib.bench.throughput_rows import Plan, Row, as_json
 from grass_lib.errors import UsageError
 from grass_lib.experiments.base import resolve_device
 from grass_lib.specs import CompressionSpec
@@ -43,6 +44,7 @@ def run(
     steps: int = 8,
     device: str = "auto",
     folder: Path = Path("runs/bench/throughput"),
+    fp8: bool = False,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measures everything; what was measured is written after every row.
@@ -59,6 +61,7 @@ def run(
         steps: Timed steps of the other rows.
         device: ``auto``, ``cuda`` or ``cpu``.
         folder: Where stores are written for a while.
+        fp8: Measures caching with FP8 products too, after everything else.
         out: Where the JSON goes; None for nowhere.
 
     Raises:
@@ -96,21 +99,32 @@ def run(
         "product_operations_per_second": None,
         "rows": [],
         "check": {},
+        "fp8": {},
         "goals": [],
     }
-    try:
-        for row in bench.run():
-            result["rows"] = as_json(bench.rows)
-            logger.info("%s", row_text(row))
-            if out is not None:
-                write(result, out)
-    except KeyboardInterrupt:
-        logger.warning("stopped after %d rows; what was measured is kept", len(bench.rows))
+
+    def follow(rows: Iterator[Row]) -> bool:
+        """Notes row by row; whether all were measured."""
+        try:
+            for row in rows:
+                result["rows"], result["fp8"] = as_json(bench.rows), bench.fp8
+                logger.info("%s", row_text(row))
+                if out is not None:
+                    write(result, out)
+        except KeyboardInterrupt:
+            logger.warning("stopped after %d rows; what was measured is kept", len(bench.rows))
+            return False
+        return True
+
+    whole = follow(bench.run())
+    # All that has nothing to do with FP8 is finished first: an error of a GPU spoils what comes after it.
     result["check"] = bench.check
     result["product_operations_per_second"] = product_speed(place, dtype) if gpu else None
     result["goals"] = goals(result)
     if out is not None:
         write(result, out)
+    if fp8 and whole:
+        follow(bench.run_fp8())
     return result
 
 
@@ -132,7 +146,7 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     on_gpu = result["device_type"] == "cuda"
     rows, found = [row for row in result["rows"] if row["tokens_per_second"] and on_gpu], []
     plain = [row["tokens_per_second"] for row in rows if row["step"] == "plain"]
-    ours = [row for row in rows if row["step"] == "caching" and row["spec"] == result["spec"]]
+    ours = [row for row in rows if row["step"] == "caching" and row["spec"] == result["spec"] and not row.get("fp8")]
     counts = sorted({row["layers"] for row in ours})
     for count in counts if plain else ():
         best = max(row["tokens_per_second"] for row in ours if row["layers"] == count and row["hessian"] != "eFIM")
@@ -165,6 +179,8 @@ def summary(result: Mapping[str, Any]) -> str:
     lines.append(f"stores: {'; '.join(problems) if problems else 'all shards as written'}")
     if result["check"]:
         lines.append(f"check: {result['check']}")
+    if result.get("fp8"):
+        lines.append(f"with fp8 products: {result['fp8']}")
     for goal in result["goals"]:
         verdict, sign = ("met" if goal["met"] else "MISSED"), ("<=" if goal["at_most"] else ">=")
         lines.append(
@@ -175,12 +191,13 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def row_text(row: Row) -> str:
     """One line of the table."""
-    start = f"{row.step:10} {row.spec:36} {row.layers or '':>4} {row.hessian:9} batch {row.batch:3}"
+    name = f"{row.step} fp8" if row.fp8 else row.step
+    start = f"{name:11} {row.spec:36} {row.layers or '':>4} {row.hessian:9} batch {row.batch:3}"
     if row.tokens_per_second is None:
         return f"{start}  {row.note}"
     memory = "" if row.peak_bytes is None else f"  {row.peak_bytes / 1e9:6.1f} GB"
     first = "" if row.first_batch_seconds is None else f"  first {row.first_batch_seconds:.1f} s"
-    return f"{start}  {row.tokens_per_second:10,.0f} tokens/s{memory}{first}"
+    return f"{start}  {row.tokens_per_second:10,.0f} tokens/s{memory}{first}{row.note and f'  ({row.note})'}"
 
 
 def _parsed(text: str) -> CompressionSpec:

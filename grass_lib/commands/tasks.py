@@ -224,5 +224,6 @@ def influence_of(
         source=source.to_json(),
         ranks=together,
         progress=progress,
+        fp8=task.fp8,
     )
     return task, influence

@@ -30,6 +30,7 @@ class AttributionTask:
         encode: ``encode(text)``: a prompt as a query batch of one; UsageError where it is too short.
         passage: ``passage(index)``: the text of a training sample.
         parameters: What rebuilds this task.
+        fp8: Whether the model's products run in FP8 while gradients are computed.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class AttributionTask:
     encode: Callable[[str], Batch]
     passage: Callable[[int], str]
     parameters: Mapping[str, Any]
+    fp8: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from grass_lib.experiments.models.llama import (
     pretrained_llama,
     random_llama,
 )
+from grass_lib.gradients.fp8 import device_problem
 from grass_lib.gradients.head import chunked_causal_loss
 from grass_lib.project import runs_root
 from grass_lib.specs import parse_hessian
@@ -133,7 +134,9 @@ def layers_of(protocol: Protocol, chat: ChatModel, head: bool) -> str | list[str
     return protocol.layers(int(chat.model.config.num_hidden_layers), head)
 
 
-def results_of(root: Path, protocol: Protocol, chat: ChatModel, text: PassageSet, **settings: Any) -> Results:
+def results_of(
+    root: Path, protocol: Protocol, chat: ChatModel, text: PassageSet, *, fp8: bool = False, **settings: Any
+) -> Results:
     """Where the phases of one setting leave their results.
 
     Args:
@@ -141,10 +144,12 @@ def results_of(root: Path, protocol: Protocol, chat: ChatModel, text: PassageSet
         protocol: Of the scale.
         chat: The model.
         text: The passages.
+        fp8: Whether the model's products run in FP8: never among the results of others.
         **settings: What else decides the gradients, as JSON values.
     """
     identity = {"model": chat.name, "passages": text.sha256, "length": protocol.length, "scale": protocol.scale}
-    return Results(root, {**identity, "last_blocks": protocol.last_blocks, **settings})
+    products = {"fp8": True} if fp8 else {}  # absent from the identities of before the switch
+    return Results(root, {**identity, "last_blocks": protocol.last_blocks, **products, **settings})
 
 
 def needs_model(phases: tuple[str, ...]) -> bool:
@@ -178,7 +183,10 @@ def validate(scale: str, parameters: Mapping[str, Any]) -> None:
         )
     if parameters["n_prompts"]:
         load_prompts(parameters["n_prompts"])
-    resolve_device(parameters["device"])
+    device = resolve_device(parameters["device"])
+    problem = device_problem(torch.device(device)) if parameters["fp8"] else ""
+    if problem:
+        raise UsageError(f"fp8 is True, and {problem}")
     problems = _problems(chosen)
     if problems:
         raise DataError(problems[0])
@@ -233,7 +241,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionT
     chat = load_model(chosen, device, folder)
     text = load_passages(chosen, chat, seed)
 
-    head = bool(parameters.get("head", True))
+    head, fp8 = bool(parameters.get("head", True)), bool(parameters.get("fp8", False))
 
     def encode(prompt: str) -> dict[str, Tensor]:
         return query_batches([answer(chat, prompt, chosen.new_tokens)], chat.padding)[0]
@@ -255,7 +263,9 @@ def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionT
             "max_tokens": int(parameters.get("max_tokens", 0)),
             "batch_size": int(parameters.get("batch_size", 0)),
             "head": head,
+            "fp8": fp8,
         },
+        fp8=fp8,
     )
 
 

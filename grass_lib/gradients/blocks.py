@@ -133,11 +133,12 @@ class CompiledBlocks:
         return {name: layer.kept for name, layer in self._layers.items() if layer.kept is not None}
 
 
-def find_blocks(model: nn.Module) -> str:
+def find_blocks(model: nn.Module, wanted_by: str = "compile='blocks'") -> str:
     """Name of the list of blocks that holds most of a model's weights.
 
     Args:
         model: The model.
+        wanted_by: How the message calls what needs them.
 
     Raises:
         UsageError: There is no list of two or more modules of one class.
@@ -148,7 +149,7 @@ def find_blocks(model: nn.Module) -> str:
             found[name] = sum(parameter.numel() for parameter in module.parameters())
     if not found:
         raise UsageError(
-            f"compile='blocks' needs a model with a list of equal blocks, and the {type(model).__name__} has none; "
-            "use compile=True"
+            f"{wanted_by} needs a model with a list of equal blocks, and the {type(model).__name__} has none; "
+            + ("use compile=True" if "compile" in wanted_by else "name the layers, or do without")
         )
     return max(found, key=lambda name: found[name])

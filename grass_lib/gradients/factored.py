@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.capture import NORMS, LayerCapture
+from grass_lib.gradients.fp8 import check_fp8
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.graph import RecordedStep, shapes_of
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, output_layer
@@ -50,6 +51,7 @@ class FactoredGradients:
         sizes: Compressed size of each.
         k: Their sum.
         include_head: Whether the output layer of a language model is among them.
+        fp8: Whether the products of the blocks' linear layers run in FP8.
         device: Where gradients are computed.
         compiled_size: Samples in a batch for which the compiled pass or the recorded step is used, as many as in the
             first batch where it is not set; other batches run as they are.
@@ -73,6 +75,7 @@ class FactoredGradients:
         graph: bool | None = None,
         dtype: torch.dtype = torch.float32,
         timed: bool = True,
+        fp8: bool = False,
     ) -> None:
         """Chooses the layers and draws the random maps; the model is not touched.
 
@@ -97,6 +100,8 @@ class FactoredGradients:
                 so that a GPU never waits for Python; None where ``compile`` is True. Ignored on a CPU.
             dtype: Of the results, float32 or float64.
             timed: Measures the time of stage 1 (not of a compiled or recorded step, whose parts cannot be told apart).
+            fp8: Runs the products of all linear layers in the model's blocks in FP8, which changes the results a
+                little; see `fp8_products`. Enter `attached` around loops: a single call quantises the weights anew.
 
         Raises:
             SpecError: The compression is flat in its first stage, or does not fit a layer.
@@ -116,6 +121,11 @@ class FactoredGradients:
         shapes = find_layers(model, layers, include_head=include_head)
         head = output_layer(model)
         self.include_head = head is not None and head in shapes
+        if fp8 and (compile is True or graph):
+            raise UsageError(
+                "fp8 products are for compile=False or 'blocks' without graph=True: weights move meanwhile"
+            )
+        self.fp8, products = fp8, check_fp8(model) if fp8 else []
         modules = dict(model.named_modules())
         self._captures: dict[str, LayerCapture] = {}
         self._stage2s: dict[str, Projector | None] = {}
@@ -150,6 +160,7 @@ class FactoredGradients:
             head=head if self.include_head else None,
             meter=self._stage1_meter,
             dtype=wide,
+            fp8=products,
         )
         # Blocks defer their contractions as a recorded step does; how the batch uses the layers is seen at the first.
         self._defers = compile == "blocks"
@@ -237,7 +248,7 @@ class FactoredGradients:
             if self._uses is None or self._uses[0] == shapes_of(samples):
                 return self._block_step(samples, n)
             regular = False
-        with self.attached():
+        with self._pass.attached(short=True):
             with measured(self._total_meter):
                 captured = self._pass(output or self.loss, samples, n, compiled=regular)
             with measured(self._stage2_meter):
@@ -247,7 +258,7 @@ class FactoredGradients:
 
     def _replay(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
         if self._recorded is None:
-            with self.attached():
+            with self._pass.attached(short=True):
                 uses = self._pass.single_uses(self.loss, samples, n)
                 self._recorded = RecordedStep(lambda inputs: self.deferred_step(inputs, n, uses), samples)
         elif not self._recorded.fits(samples):
@@ -259,7 +270,7 @@ class FactoredGradients:
             return self._recorded(samples)
 
     def _block_step(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
-        with self.attached():
+        with self._pass.attached(short=True):
             if self._uses is None:
                 self._uses = shapes_of(samples), self._pass.single_uses(self.loss, samples, n)
             with measured(self._total_meter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
+from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
@@ -56,6 +57,7 @@ class CapturePass:
         head: str | None = None,
         meter: Meter | None,
         dtype: torch.dtype,
+        fp8: Sequence[str] = (),
     ) -> None:
         """Prepares a pass; the model is not touched.
 
@@ -66,13 +68,14 @@ class CapturePass:
             head: The output layer, where it is captured.
             meter: Measures stage 1; None for nothing.
             dtype: Of contracted gradients.
+            fp8: Layers whose products run in FP8.
         """
         self.model, self.captures = model, captures
         self._modules = dict(model.named_modules())
         self._blocks = CompiledBlocks(model, captures) if compile == "blocks" else None
         self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile is True else _evaluate
         self._head = head
-        self._meter, self._dtype = meter, dtype
+        self._meter, self._dtype, self._fp8 = meter, dtype, fp8
         self._probes: dict[str, Tensor] = {}
         self._inputs: dict[str, tuple[Tensor, ...]] = {}
         self._deferred: Sides = {}
@@ -80,8 +83,12 @@ class CapturePass:
         self._depth = 0
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks the layers, freezes the weights and puts the model in evaluation mode; blocks may be nested."""
+    def attached(self, *, short: bool = False) -> Iterator[None]:
+        """Hooks the layers, freezes the weights and puts the model in evaluation mode; blocks may be nested.
+
+        Args:
+            short: For one pass, for which weights that FP8 products replace are not moved to the host.
+        """
         if self._depth:
             self._depth += 1
             try:
@@ -95,6 +102,8 @@ class CapturePass:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             stack.enter_context(evaluating(self.model))
+            if self._fp8:
+                stack.enter_context(fp8_products(self.model, self._fp8, keep_weights=short))
             if self._blocks is not None:
                 stack.enter_context(self._blocks.installed())
             for name, capture in self.captures.items():

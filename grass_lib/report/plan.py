@@ -28,7 +28,7 @@ def plan_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     from grass_lib.experiments.models.llama import SHAPES
 
     rows = [row for row in result["rows"] if row["step"] == "caching" and row["tokens_per_second"]]
-    rows = [row for row in rows if row["spec"] == result["spec"] and row["hessian"] != "eFIM"]
+    rows = [row for row in rows if row["spec"] == result["spec"] and row["hessian"] != "eFIM" and not row.get("fp8")]
     if result["model"]["name"] != "llama-3.1-8b" or not rows:
         return []
     most = max(row["layers"] for row in rows)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import RecordError
 from grass_lib.report.figures import FORMATS, save_figure
+from grass_lib.report.fp8_scores import fp8_text
 from grass_lib.report.plan import plan_table
 from grass_lib.report.style import NEUTRAL, figure_style
 
@@ -24,7 +25,7 @@ NAMES = {
     "bare": "ours without capture",
     "caching": "ours, caching to disk",
 }
-_COLOURS = {"plain": NEUTRAL, "reference": "#D55E00", "bare": "#56B4E9", "caching": "#0072B2"}
+_COLOURS = {"plain": NEUTRAL, "reference": "#D55E00", "bare": "#56B4E9", "caching": "#0072B2", "fp8": "#009E73"}
 
 Result = Mapping[str, Any]
 
@@ -57,7 +58,15 @@ def measured_rows(result: Result) -> list[Mapping[str, Any]]:
     order = list(NAMES)
     rows = [row for row in result["rows"] if row["tokens_per_second"]]
     return sorted(
-        rows, key=lambda row: (order.index(row["step"]), row["spec"], row["layers"], row["hessian"], row["batch"])
+        rows,
+        key=lambda row: (
+            order.index(row["step"]),
+            row["spec"],
+            row["layers"],
+            row["hessian"],
+            bool(row.get("fp8")),
+            row["batch"],
+        ),
     )
 
 
@@ -68,6 +77,10 @@ def row_name(row: Mapping[str, Any]) -> str:
         parts.append(f"{row['spec'].removesuffix('->identity')}, {row['layers']} layers")
     if row["hessian"] == "eFIM":
         parts.append("curvature on the GPU")
+    if row.get("fp8"):
+        parts.append("FP8 products")
+    if row["note"] and row["tokens_per_second"]:
+        parts.append(row["note"])
     return "; ".join(parts)
 
 
@@ -79,7 +92,12 @@ def speed_figure(result: Result) -> Figure:
     with figure_style():
         figure, axes = plt.subplots(figsize=(7.6, 0.42 * len(rows) + 1.1), layout="constrained")
         speeds = [row["tokens_per_second"] for row in rows]
-        axes.barh(range(len(rows)), speeds, color=[_COLOURS[row["step"]] for row in rows], height=0.7)
+        axes.barh(
+            range(len(rows)),
+            speeds,
+            color=[_COLOURS["fp8" if row.get("fp8") else row["step"]] for row in rows],
+            height=0.7,
+        )
         floor = _floor(result)
         for place, row in enumerate(rows):
             memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"
@@ -103,6 +121,8 @@ def _short(row: Mapping[str, Any]) -> str:
     if row["step"] == "caching":
         kind = "LoGra" if row["spec"].startswith("normal") else "FactGraSS" if "sjlt" in row["spec"] else row["spec"]
         name = f"ours, {kind}, {row['layers']} layers{', eFIM' if row['hessian'] == 'eFIM' else ''}"
+    if row.get("fp8"):
+        name += ", FP8"
     return name
 
 
@@ -128,7 +148,9 @@ def speed_table(result: Result) -> str:
             f"| {row_name(row)} | {row['batch']} | {row['tokens_per_second']:,.0f} | {ratio} | {memory} | {first} |"
         )
     lines += [
-        f"| {NAMES[row['step']]} | {row['batch']} | {row['note']} | | | |" for row in result["rows"] if row["note"]
+        f"| {row_name(row)} | {row['batch']} | {row['note']} | | | |"
+        for row in result["rows"]
+        if row["note"] and not row["tokens_per_second"]
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,7 +167,7 @@ def split_table(result: Result) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in measured_rows(result):
-        if row["step"] != "caching" or row["batch"] not in bare:
+        if row["step"] != "caching" or row["batch"] not in bare or row.get("fp8"):
             continue
         given = row["seconds"]
         parts = [given["step"], bare[row["batch"]], max(0.0, given["capture"] - bare[row["batch"]])]
@@ -228,9 +250,9 @@ def write_throughput_parts(measured: Path, target: Path) -> list[Path]:
     """
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    parts = dict.fromkeys(("device", "goals", "table", "split", "figure", "plan"), _STUB)
-    if (measured / RESULT).is_file():
-        result = load(measured)
+    parts: dict[str, str] = dict.fromkeys(("device", "goals", "table", "split", "figure", "plan"), _STUB)
+    result = load(measured) if (measured / RESULT).is_file() else None
+    if result is not None:
         parts = {
             "device": device_sentence(result),
             "goals": goal_table(result),
@@ -241,6 +263,7 @@ def write_throughput_parts(measured: Path, target: Path) -> list[Path]:
         written += write_figures(measured, target / "figures", ("svg",))
         caption = (speed_figure.__doc__ or "").splitlines()[0]
         parts["figure"] = f"```{{figure}} /book/_generated/figures/{FIGURE}.svg\n:alt: {caption}\n{caption}\n```\n"
+    parts["fp8"] = fp8_text(result, measured)
     for name, text in parts.items():
         path = target / f"throughput_{name}.md"
         path.write_text(text, encoding="utf-8")

@@ -7,13 +7,13 @@ import torch
 from tiny_llama import make_batch, make_llama
 
 from grass_lib.bench import throughput_run
-from grass_lib.bench.throughput_check import cosines, kept_positions
+from grass_lib.bench.throughput_check import cosines, kept_positions, score_agreement
 from grass_lib.bench.throughput_model import build
 from grass_lib.bench.throughput_steps import arithmetic, bare_step, operations, plain_step, reference_step
 from grass_lib.errors import DataError, GrassError, UsageError
 from grass_lib.experiments.models.llama import SHAPES
 from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss
-from grass_lib.report import plan, throughput
+from grass_lib.report import fp8_scores, plan, throughput
 
 SPEC = "random_mask-16*16->sjlt-64"
 OPTIONS = {
@@ -47,6 +47,82 @@ def test_every_row_is_measured_and_checked(result):
     assert abs(result["check"]["mean_kept_position"] - 0.5) < 0.05
     assert [goal["goal"].split()[0] for goal in result["goals"]] == ["worst"]
     assert throughput_run.summary(result).count("\n") >= 7
+
+
+@pytest.fixture(scope="module")
+def with_fp8(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp8")
+    return throughput_run.run(**OPTIONS, fp8=True, folder=folder / "stores", out=folder / "b.json"), folder
+
+
+def test_rows_with_fp8_come_last_and_change_no_other(result, with_fp8):
+    found, folder = with_fp8
+    assert json.loads((folder / "b.json").read_text()) == json.loads(json.dumps(found))
+    assert list((folder / "stores").iterdir()) == []
+    assert [row["fp8"] for row in found["rows"]] == [False] * 7 + [True]
+    row = found["rows"][-1]
+    assert (row["step"], row["layers"], row["stored"]["rows"], row["note"]) == ("caching", 29, 8, "")
+    assert row["stored"]["problems"] == []
+    assert found["check"] == result["check"]
+    assert result["fp8"] == {}
+    # Rounding to three bits is seen, and is not an error.
+    assert 0.8 < found["fp8"]["worst_cosine"] < 0.9999 < result["check"]["worst_cosine"]
+    assert found["fp8"]["scored_rows"] == 8
+    assert -1 <= found["fp8"]["worst_spearman"] <= found["fp8"]["mean_spearman"] <= 1
+    assert [goal["goal"].split()[0] for goal in found["goals"]] == ["worst"]
+    assert "caching fp8" in throughput_run.summary(found)
+
+
+def test_what_fails_with_fp8_is_a_note_and_the_rest_is_kept(tmp_path, monkeypatch, result):
+    from grass_lib.bench.throughput import Throughput
+
+    whole = Throughput._caching
+
+    def failing(self, *args, **options):
+        if options.get("fp8"):
+            (tmp_path / "stores" / "x-fp8").mkdir(parents=True)
+            raise RuntimeError("no such kernel\nat line 5")
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(Throughput, "_caching", failing)
+    found = throughput_run.run(**OPTIONS, fp8=True, folder=tmp_path / "stores", out=tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text()) == json.loads(json.dumps(found))
+    assert found["rows"][-1]["note"] == "failed (not compiled): RuntimeError: no such kernel"
+    assert found["rows"][-1]["tokens_per_second"] is None
+    assert found["check"] == result["check"]
+    assert len(found["rows"]) == 8
+    assert found["goals"]
+    assert list((tmp_path / "stores").iterdir()) == []
+    assert "no such kernel" in throughput_run.summary(found)
+
+
+def test_a_widened_model_goes_back_to_its_bits():
+    found = build("tiny", dtype="bfloat16", device=torch.device("cpu"))
+    before = {name: value.clone() for name, value in found._values()}
+    assert {value.dtype for value in before.values()} == {torch.bfloat16, torch.float32}
+    assert {value.dtype for value in found.widened().parameters()} == {torch.float32}
+    found.narrowed()
+    for name, value in found._values():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name]), name
+
+
+def test_agreement_of_scores():
+    rows = {"a": torch.randn(9, 30), "b": torch.randn(9, 20)}
+    assert score_agreement(rows, rows) == {"scored_rows": 9, "mean_spearman": 1.0, "worst_spearman": 1.0}
+    # The product of a row with itself, the largest by far, does not count.
+    scores = sum(part.double() @ part.double().T for part in rows.values())
+    other = {"a": torch.randn(9, 30)}
+    theirs = other["a"].double() @ other["a"].double().T
+    wanted = []
+    for row in range(9):
+        kept = [place for place in range(9) if place != row]
+        ranks = [values[row][kept].argsort().argsort().double() for values in (scores, theirs)]
+        wanted.append(float(torch.corrcoef(torch.stack(ranks))[0, 1]))
+    found = score_agreement(rows, other)
+    assert found["mean_spearman"] == pytest.approx(sum(wanted) / 9)
+    assert found["worst_spearman"] == pytest.approx(min(wanted))
+    assert score_agreement({"a": torch.zeros(4, 2)}, {"a": torch.zeros(4, 2)})["mean_spearman"] is None
 
 
 def test_operations_of_a_token():
@@ -179,6 +255,49 @@ def test_the_page_is_drawn_from_the_json(tmp_path):
         (measured / "throughput.json").write_text(wrong)
         with pytest.raises(GrassError, match="run `grass bench throughput` again"):
             throughput.load(measured)
+
+
+def test_the_page_says_what_fp8_does(tmp_path):
+    result = on_a_gpu(16000.0)
+    assert "Not measured yet on a GPU" in fp8_scores.fp8_text(result, tmp_path)
+    assert "Not measured yet on pretrained weights" in fp8_scores.fp8_text(None, tmp_path)
+    fast = {**result["rows"][0], "fp8": True, "tokens_per_second": 24000.0, "peak_bytes": 50e9}
+    failed = {**fast, "batch": 8, "tokens_per_second": None, "note": "failed: RuntimeError: x"}
+    result["rows"] += [fast, failed]
+    result["fp8"] = {"rows": 8, "worst_cosine": 0.91234, "worst_layer": "y", "median_cosine": 0.95}
+    # Rows with FP8 products meet no goal and give no plan.
+    before = on_a_gpu(16000.0)
+    assert throughput_run.goals(result) == before["goals"]
+    assert plan.plan_rows(result) == plan.plan_rows(before)
+    text = fp8_scores.fp8_text(result, tmp_path)
+    assert "24,000 tokens/s, 1.50 times the row without" in text
+    assert "not measured: failed: RuntimeError: x" in text
+    assert "0.9123 (y)" in text
+    assert "without FP8 products 0.9950" in text
+    assert "Spearman" not in text
+    result["fp8"] |= {"scored_rows": 64, "mean_spearman": 0.87654, "worst_spearman": 0.5}
+    assert "0.8765" in fp8_scores.fp8_text(result, tmp_path)
+    table = throughput.speed_table(result)
+    assert "225 layers; FP8 products | 4 | 24,000 | 2.40" in table
+    assert "FP8 products | 8 | failed: RuntimeError: x" in table
+    assert throughput.split_table(result) == throughput.split_table(before)
+    throughput.speed_figure(result)
+    fast["note"] = "not compiled"
+    assert "FP8 products; not compiled | 4" in throughput.speed_table(result)
+    scores = {"mean_spearman": 0.99, "worst_spearman": 0.98, "top_shared": 0.95}
+    variant = {"name": "FP8 products", "mean_cosine": 0.97, "worst_mean_cosine": 0.9, "worst_layer": "z"}
+    found = {
+        **{"model": "m", "passages": 100, "tokens": 96, "prompts": 5, "layers": 43, "last_blocks": 6, "blocks": 30},
+        **{"spec": "s", "date": "2026-01-01", "variants": [{**variant, "scores": {"eFIM": scores}}]},
+    }
+    (tmp_path / fp8_scores.RESULT).write_text(json.dumps(found))
+    assert "| FP8 products | eFIM | 0.9900 | 0.9800 | 95% | 0.9700 | 0.9000 (z) |" in fp8_scores.fp8_text(
+        None, tmp_path
+    )
+    for wrong in ("{", "[]", '{"variants": []}'):
+        (tmp_path / fp8_scores.RESULT).write_text(wrong)
+        with pytest.raises(GrassError, match="again"):
+            fp8_scores.fp8_text(None, tmp_path)
 
 
 def test_the_plan_follows_from_measured_rates():

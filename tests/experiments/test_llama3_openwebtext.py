@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,15 @@ PARAMETERS = {
         "head": True,
         "hessian": "eFIM",
     },
-    **{"damping": 0.0, "dtype": "bfloat16", "batch_size": 0, "n_prompts": 0, "deterministic": True, "device": "cpu"},
+    **{
+        "damping": 0.0,
+        "dtype": "bfloat16",
+        "batch_size": 0,
+        "n_prompts": 0,
+        "deterministic": True,
+        "fp8": False,
+        "device": "cpu",
+    },
 }
 
 
@@ -125,6 +134,23 @@ def test_random_weights_pass_where_the_model_is_gated(monkeypatch):
         llama3_openwebtext.validate("paper", PARAMETERS)
     assert llama3_openwebtext.check("embedded") == []
     assert len(llama3_openwebtext.data_fingerprint("embedded")) == 64
+
+
+def test_fp8_is_a_setting_of_its_own(tmp_path, monkeypatch):
+    text = SimpleNamespace(sha256="1")
+    made = [
+        llama3_openwebtext.results_of(tmp_path, protocol("paper"), chat_model(), text, seed=0, **given)
+        for given in ({}, {"fp8": False}, {"fp8": True})
+    ]
+    # Results from before the switch are found again, and never those of another setting.
+    assert made[0].folder == made[1].folder != made[2].folder
+    assert made[2].read_json("identity")["fp8"] is True
+    given = {**PARAMETERS, "weights": "random", "phase": "cache", "fp8": True}
+    llama3_openwebtext.validate("paper", given)
+    monkeypatch.setattr(llama3_openwebtext, "device_problem", lambda device: f"no such products on {device}")
+    llama3_openwebtext.validate("paper", {**given, "fp8": False})
+    with pytest.raises(UsageError, match="fp8 is True, and no such products on cpu"):
+        llama3_openwebtext.validate("paper", given)
 
 
 def test_an_answer_is_the_likeliest_one_token_by_token():
@@ -246,6 +272,8 @@ def test_the_papers_scale_from_local_folders(local, tmp_path):
         source={"x": 1},
     )
     assert len(influence.sizes) == 15
+    assert (task.fp8, task.parameters["fp8"]) == (False, False)
+    assert llama3_openwebtext.task("paper", {**given, "fp8": True}, "cpu").fp8
     influence.cache(task.train)
     scores = influence.attribute([task.encode("why is snow white")], damping=1.0)
     assert scores.shape == (5, 1)
