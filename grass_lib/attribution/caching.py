@@ -32,8 +32,9 @@ _SHARD_SIZE = 1024
 class ShardCache:
     """Computes the missing shards of one worker.
 
-    Rows are rounded to the store's dtype, or encoded, in a block on the device, added to the curvature from there, and copied to
-    one of two shards' worth of memory on the host, which the store's thread writes while the next shard is computed.
+    Rows are rounded to the store's dtype, or encoded, in a block on the device, added to the curvature as they will be
+    read, and copied to one of two shards' worth of memory on the host, which the store's thread writes while the next
+    shard is computed.
 
     Attributes:
         samples: How many were computed.

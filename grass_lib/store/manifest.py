@@ -118,7 +118,8 @@ class Manifest:
     @property
     def features(self) -> dict[str, int]:
         """Features of the gradients per layer: those of ``layers``, unless rows are coefficients of a basis."""
-        return dict(self.low_rank["features"] if self.low_rank else self.layers)
+        known = self.low_rank["features"] if self.low_rank else self.layers
+        return {name: known[name] for name in self.layers}
 
     def tensors(self) -> list[tuple[str, torch.dtype, int]]:
         """Name, type and width of the tensors of a shard in file order: first all scales, where there are some.

@@ -60,7 +60,9 @@ class ShardWriter:
         self._closed = False
         self._changed = threading.Condition()
 
-    def submit(self, number: int, tensors: Mapping[str, Tensor | Rows], ready: Callable[[], None] | None = None) -> None:
+    def submit(
+        self, number: int, tensors: Mapping[str, Tensor | Rows], ready: Callable[[], None] | None = None
+    ) -> None:
         """Hands over a shard and waits until at most ``max_pending`` shards are unwritten, this one included.
 
         Args:
