@@ -227,9 +227,9 @@ def _shards(
             values = values @ on_device[name] if basis else values
             coded = encode(values, result.dtype)
             parts.append(Rows(*(tensor.cpu() for tensor in coded.tensors())))
-        pieces = zip(*(part.tensors() for part in parts), strict=True)
-        # Copied even where there is one, because the stream uses its memory again.
-        shard[name] = Rows(*(torch.cat(each) if len(each) > 1 else each[0].clone() for each in pieces))
+        scales = [part.scales for part in parts if part.scales is not None]
+        # Joined, and thereby copied even where there is one part, because the stream uses its memory again.
+        shard[name] = Rows(torch.cat([part.codes for part in parts]), torch.cat(scales) if scales else None)
         if name == last:
             yield samples.start // source.shard_size, shard
             shard = {}

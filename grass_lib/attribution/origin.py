@@ -161,7 +161,8 @@ class KeptStore:
         }
         if isinstance(there, GradientStore) and (parent := there.manifest.parent()) is not None:
             # Rows that were compressed later are those of the store they come from.
-            Manifest.plan(**plan | {"dtype": parent.dtype}).refuse_other(parent, there.path)
+            plan["dtype"] = parent.dtype
+            Manifest.plan(**plan).refuse_other(parent, there.path)
             if replace and there.missing():
                 raise UsageError(
                     f"{there.path} was compressed from another store, and {len(there.missing())} of {there.n_shards} "

@@ -104,7 +104,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
         UsageError: No store has it.
     """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise UsageError(f"dtype is {dtype!s}, which no gradient store has; expected one of {', '.join(DTYPES)}")
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from grass_lib.errors import StoreError, UsageError
 from grass_lib.rng import STREAM_VERSION
+from grass_lib.store.entries import as_json, encoded, flat, sha256_of, short
 from grass_lib.store.formats import (
     DTYPES,
     SCALE_BLOCK,
@@ -94,10 +94,10 @@ class Manifest:
             n_samples=int(n_samples),
             shard_size=int(shard_size),
             dtype=parse_dtype(dtype),
-            fingerprint=_as_json("fingerprint", fingerprint),
-            source=None if source is None else _as_json("source", source),
-            provenance=None if provenance is None else _as_json("provenance", provenance),
-            low_rank=None if low_rank is None else _as_json("low_rank", low_rank),
+            fingerprint=as_json("fingerprint", fingerprint),
+            source=None if source is None else as_json("source", source),
+            provenance=None if provenance is None else as_json("provenance", provenance),
+            low_rank=None if low_rank is None else as_json("low_rank", low_rank),
         )
 
     @property
@@ -141,7 +141,7 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that belongs to the store's identity, in hexadecimal."""
-        return _sha256(self._identity())
+        return sha256_of(self._identity())
 
     def shard_rows(self, number: int) -> range:
         """Sample indices of one shard.
@@ -209,7 +209,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The manifest as it is written: the same bytes for the same content."""
         content = {**self._identity(), "digest": self.digest, "source": self.source, "provenance": self.provenance}
-        return _encode({**content, "sha256": _sha256(content)}, indent=1) + b"\n"
+        return encoded({**content, "sha256": sha256_of(content)}, indent=1) + b"\n"
 
     @staticmethod
     def from_bytes(content: bytes, path: Path) -> Manifest:
@@ -233,7 +233,7 @@ class Manifest:
                 "wrote it, or another folder"
             )
         found = values.pop("sha256", None) if isinstance(values, dict) else None
-        if not isinstance(values, dict) or found != _sha256(values):
+        if not isinstance(values, dict) or found != sha256_of(values):
             raise StoreError(f"{path} is damaged or was changed: its content does not fit its checksum; {remedy}")
         return Manifest(
             layers={name: size for name, size in values["layers"]},
@@ -263,7 +263,7 @@ class Manifest:
         wanted, there = self._fields(), found._fields()
         names = [name for name in {**wanted, **there} if wanted.get(name, _ABSENT) != there.get(name, _ABSENT)]
         parts = [
-            f"{name} is {_short(there.get(name, _ABSENT))} there, {_short(wanted.get(name, _ABSENT))} here"
+            f"{name} is {short(there.get(name, _ABSENT))} there, {short(wanted.get(name, _ABSENT))} here"
             for name in names[:_SHOWN]
         ] or ["the layers are in another order"]
         if len(names) > _SHOWN:
@@ -293,8 +293,8 @@ class Manifest:
         identity = self._identity()
         del identity["layers"]
         return {
-            **_flat("", identity.pop("fingerprint")),
-            **_flat("", identity),
+            **flat("", identity.pop("fingerprint")),
+            **flat("", identity),
             **{f"layers.{name}": size for name, size in self.layers.items()},
         }
 
@@ -310,34 +310,6 @@ def _known_dtype(name: str, path: Path) -> torch.dtype:
             f"{path} is of dtype {name}, this version reads {', '.join(DTYPES)}; use the version that wrote it"
         )
     return DTYPES[name]
-
-
-def _as_json(what: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(values), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} of a gradient store: {error}; expected JSON values only") from error
-
-
-def _encode(value: object, indent: int | None = None) -> bytes:
-    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(_encode(value)).hexdigest()
-
-
-def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        result.update(_flat(f"{path}.", value) if isinstance(value, dict) and value else {path: value})
-    return result
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _some(names: list[str]) -> str:
