@@ -175,6 +175,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.ledger import ledger_rows
     from grass_lib.report.published import published_rows
     from grass_lib.report.recipes import recipe_section
+    from grass_lib.report.storage import write_plan_parts
     from grass_lib.report.systems_bench import write_systems_parts
     from grass_lib.report.throughput import write_throughput_parts
     from grass_lib.runner import verified_records
@@ -199,6 +200,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)
+    write_plan_parts(root / "book" / "measured", generated)
     write_systems_parts(root / "book" / "measured", generated)
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
     return shown

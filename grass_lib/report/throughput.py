@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RESULT = "throughput.json"
 FIGURE = "throughput_rows"
-_STUB = "Not measured yet: `grass bench throughput --json book/measured/throughput.json` writes it, on a GPU.\n"
+STUB = "Not measured yet: `grass bench throughput --json book/measured/throughput.json` writes it, on a GPU.\n"
 NAMES = {
     "plain": "transformers' model, forward and backward to activations",
     "reference": "a step like the reference's, nothing written",
@@ -228,7 +228,7 @@ def write_throughput_parts(measured: Path, target: Path) -> list[Path]:
     """
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    parts = dict.fromkeys(("device", "goals", "table", "split", "figure", "plan"), _STUB)
+    parts = dict.fromkeys(("device", "goals", "table", "split", "figure", "plan"), STUB)
     if (measured / RESULT).is_file():
         result = load(measured)
         parts = {
