@@ -1,6 +1,7 @@
 """Caches random rows in a gradient store, then compares a streamed top-k with the disk's own reading speed.
 
     python benchmarks/store_stream.py [--folder runs/bench/store] [--samples 10000] [--layers 48] [--k 4096]
+                                      [--dtype bfloat16]
 
 The default is 3.9 GB of bfloat16: 10,000 samples, 48 layers of 4,096 features. Measured: seconds and peak host memory
 of caching; (a) reading all files in order with one buffer; (b) the ten best and worst samples of 100 queries. Before
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from grass_lib.store import GradientStore
+from grass_lib.store.formats import DTYPES, row_bytes
 
 GOAL_RATIO, GOAL_BYTES = 0.6, 2 << 30
 BLOCK = 8 << 20
@@ -57,7 +59,8 @@ def random_rows(store: GradientStore, number: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(number)
     rows = len(store.shard_rows(number))
     return {
-        name: torch.empty(rows, k, dtype=store.dtype).normal_(generator=generator) for name, k in store.layers.items()
+        name: torch.empty(rows, k, dtype=store.row_dtype).normal_(generator=generator)
+        for name, k in store.layers.items()
     }
 
 
@@ -103,7 +106,7 @@ def read_files(folder: Path) -> int:
 
 def stream_only(store: GradientStore) -> int:
     """The stream with nothing computed, to tell its own cost from that of the scores."""
-    return sum(rows.nbytes for _, _, rows in store.stream())
+    return sum(rows.nbytes for _, _, rows in store.stream_rows())
 
 
 def top_samples(store: GradientStore, queries: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -112,8 +115,8 @@ def top_samples(store: GradientStore, queries: dict[str, Tensor], device: torch.
     best = torch.full((2, n_query, FOUND), -torch.inf, device=device)
     indices = torch.full((2, n_query, FOUND), -1, device=device)
     scores, last = torch.empty(0), list(store.layers)[-1]
-    for samples, name, rows in store.stream():
-        part = (queries[name] @ rows.to(device).T).float()
+    for samples, name, rows in store.stream_rows():
+        part = (queries[name] @ rows.to(device).decoded().T).float()
         scores = part if name == next(iter(store.layers)) else scores.add_(part)
         if name == last:
             there = torch.arange(samples.start, samples.stop, device=device).expand(n_query, -1)
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=1024)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="of the stored rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", action="store_true", help="keep the folder, and use it where it is complete")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/store_stream.json"))
@@ -175,10 +179,10 @@ def main() -> None:
         layers={f"layer.{index}": options.k for index in range(options.layers)},
         n_samples=options.samples,
         shard_size=options.shard,
-        dtype=torch.bfloat16,
+        dtype=options.dtype,
         fingerprint={"benchmark": "store_stream"},
     )
-    n_bytes = store.n_samples * sum(store.layers.values()) * store.dtype.itemsize
+    n_bytes = store.n_samples * sum(row_bytes(k, store.dtype) for k in store.layers.values())
     shard_bytes = n_bytes * min(options.shard, store.n_samples) // store.n_samples
     print(
         f"{n_bytes / 1e9:.2f} GB in {store.n_shards} shards of {shard_bytes / 1e6:.0f} MB, scores on {device}",
@@ -189,7 +193,7 @@ def main() -> None:
         "layers": options.layers,
         "k": options.k,
         "shard_size": store.shard_size,
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
         "bytes": n_bytes,
         "queries": options.queries,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -207,7 +211,7 @@ def main() -> None:
 
     generator = torch.Generator().manual_seed(2**31)
     queries = {
-        name: torch.randn(options.queries, k, generator=generator).to(device, store.dtype)
+        name: torch.randn(options.queries, k, generator=generator).to(device, store.row_dtype)
         for name, k in store.layers.items()
     }
     works: dict[str, Callable[[], object]] = {
@@ -216,7 +220,7 @@ def main() -> None:
         "topk": lambda: top_samples(store, queries, device),
     }
     # First use loads libraries and finds kernels, which is no matter of the disk.
-    _ = next(iter(queries.values())) @ torch.zeros(options.k, options.shard, dtype=store.dtype, device=device)
+    _ = next(iter(queries.values())) @ torch.zeros(options.k, options.shard, dtype=store.row_dtype, device=device)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in works}
     for _ in range(options.repeats):
         for name, work in works.items():

@@ -1,5 +1,6 @@
 """From compressed gradients to scores ``(n_train, n_query)``."""
 
+from grass_lib.attribution.compress import compress
 from grass_lib.attribution.features import FeatureAttributor
 from grass_lib.attribution.gradient_similarity import GradientCosine, TracIn
 from grass_lib.attribution.influence import InfluenceFunction
@@ -17,6 +18,7 @@ __all__ = [
     "LoGra",
     "TopK",
     "TracIn",
+    "compress",
     "damped_scores",
     "topk",
 ]

@@ -22,6 +22,7 @@ from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
 from grass_lib.store import ShardWriter, Store
+from grass_lib.store.formats import Rows, empty_rows, encode
 
 _PINNED_BYTES = 2**30
 _SHOWN = 8
@@ -31,8 +32,9 @@ _SHARD_SIZE = 1024
 class ShardCache:
     """Computes the missing shards of one worker.
 
-    Rows are rounded to the store's dtype in a block on the device, added to the curvature from there, and copied to
-    one of two shards' worth of memory on the host, which the store's thread writes while the next shard is computed.
+    Rows are rounded to the store's dtype, or encoded, in a block on the device, added to the curvature as they will be
+    read, and copied to one of two shards' worth of memory on the host, which the store's thread writes while the next
+    shard is computed.
 
     Attributes:
         samples: How many were computed.
@@ -49,7 +51,7 @@ class ShardCache:
         """
         self._gradients, self._store, self._curvature = gradients, store, curvature
         device = gradients.device
-        self._block = RowBlock(store.layers, store.shard_size, store.dtype, device)
+        self._block = RowBlock(store.layers, store.shard_size, store.row_dtype, device)
         self._hosts = [_host_shard(store, device) for _ in range(min(2, store.n_shards))]
         self._sums: list[Tensor] = []
         self._copied = self._submitted = 0
@@ -145,21 +147,24 @@ class ShardCache:
     def _flush(self) -> None:
         """Empties the block into the host's memory and the curvature."""
         host, first = self._hosts[self._submitted % 2], self._copied
+        coded = {name: encode(part, self._store.dtype) for name, part in self._block.parts()}
         with measured(self._transfer):
-            for name, part in self._block.parts():
-                host[name][first : first + len(part)].copy_(part, non_blocking=True)
-        for _, part in self._block.parts():
-            self._sums.append(part.sum(dtype=torch.float32))
+            for name, part in coded.items():
+                there = host[name].part(slice(first, first + len(part)))
+                for target, source in zip(there.tensors(), part.tensors(), strict=True):
+                    target.copy_(source, non_blocking=True)
+        for part in coded.values():
+            self._sums.append(part.decoded().sum(dtype=torch.float32))
         if self._curvature is not None:
             with measured(self._meter), exact_products():
-                for name, part in self._block.parts():
+                for name, part in coded.items():
                     if name in self._curvature.sums:
-                        self._curvature.add(name, part)
+                        self._curvature.add(name, part.decoded())
         self._copied += self._block.filled
         self._block.filled = 0
 
     def _submit(self, number: int, count: int, writer: ShardWriter) -> None:
-        tensors = {name: rows[:count] for name, rows in self._hosts[self._submitted % 2].items()}
+        tensors = {name: rows.part(slice(count)) for name, rows in self._hosts[self._submitted % 2].items()}
         ready = None
         if self._gradients.device.type == "cuda":
             event = torch.cuda.Event()
@@ -169,7 +174,8 @@ class ShardCache:
         if not bool(torch.stack(self._sums).isfinite().all()):
             if ready is not None:
                 ready()
-            check_finite(tensors, self._store.shard_rows(number).start)
+            rows = {name: part.decoded() for name, part in tensors.items()}
+            check_finite(rows, self._store.shard_rows(number).start)
         self._sums.clear()
         start = time.perf_counter()
         writer.submit(number, tensors, ready)
@@ -257,7 +263,7 @@ def reproducible(device: torch.device, wanted: bool) -> Iterator[None]:
             memory.fill_uninitialized_memory = filled
 
 
-def _host_shard(store: Store, device: torch.device) -> dict[str, Tensor]:
+def _host_shard(store: Store, device: torch.device) -> dict[str, Rows]:
     rows = min(store.shard_size, store.n_samples)
     pinned = device.type == "cuda" and 2 * rows * sum(store.layers.values()) * store.dtype.itemsize <= _PINNED_BYTES
-    return {name: torch.empty(rows, size, dtype=store.dtype, pin_memory=pinned) for name, size in store.layers.items()}
+    return {name: empty_rows(rows, size, store.dtype, pin_memory=pinned) for name, size in store.layers.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grass_lib.ranks import Ranks
 from grass_lib.store import Store
+from grass_lib.store.formats import Rows
 
 _BLOCK_BYTES = 128 * 2**20
 
@@ -110,7 +111,7 @@ def stream_curvature(
     if not sizes:
         return curvature
     block = _StreamBlock(store, sizes, device)
-    for _, name, rows in store.stream(layers=layers):
+    for _, name, rows in store.stream_rows(layers=layers):
         for part in block.portions(name, rows):
             curvature.add(name, part)
     return curvature
@@ -132,7 +133,7 @@ def reduce_curvature(curvature: Curvature, layers: Sequence[str], ranks: Ranks) 
 
 
 def layer_rows(store: Store, name: str, device: torch.device) -> Tensor:
-    """All rows ``(n_samples, k_l)`` of one layer, in the store's dtype.
+    """All rows ``(n_samples, k_l)`` of one layer, in the store's ``row_dtype``.
 
     Args:
         store: A complete store.
@@ -142,9 +143,9 @@ def layer_rows(store: Store, name: str, device: torch.device) -> Tensor:
     Raises:
         StoreError: A shard is missing, damaged or cannot be read.
     """
-    result = torch.empty(store.n_samples, store.layers[name], dtype=store.dtype, device=device)
-    for samples, _, rows in store.stream(layers=[name]):
-        result[samples.start : samples.stop].copy_(rows)
+    result = torch.empty(store.n_samples, store.layers[name], dtype=store.row_dtype, device=device)
+    for samples, _, rows in store.stream_rows(layers=[name]):
+        result[samples.start : samples.stop].copy_(rows.to(device).decoded())
     return result
 
 
@@ -165,13 +166,15 @@ class _StreamBlock:
     """Passes a store's rows through memory like that of `RowBlock`, layer by layer."""
 
     def __init__(self, store: Store, sizes: Mapping[str, int], device: torch.device) -> None:
-        self._rows = block_rows(sum(store.layers.values()) * store.dtype.itemsize, store.shard_size)
+        self._rows = block_rows(sum(store.layers.values()) * store.row_dtype.itemsize, store.shard_size)
+        self._device = device
         self._buffers = {
-            size: torch.empty(self._rows, size, dtype=store.dtype, device=device) for size in set(sizes.values())
+            size: torch.empty(self._rows, size, dtype=store.row_dtype, device=device) for size in set(sizes.values())
         }
 
-    def portions(self, name: str, rows: Tensor) -> Iterable[Tensor]:
+    def portions(self, name: str, rows: Rows) -> Iterable[Tensor]:
         buffer = self._buffers[rows.shape[1]]
         for start in range(0, len(rows), self._rows):
             part = buffer[: min(self._rows, len(rows) - start)]
-            yield part.copy_(rows[start : start + len(part)])
+            given = rows.part(slice(start, start + len(part)))
+            yield part.copy_(given.codes if given.scales is None else given.to(self._device).decoded())

@@ -28,6 +28,7 @@ from grass_lib.precision import exact_products
 from grass_lib.ranks import Ranks, is_sharded
 from grass_lib.specs import parse_hessian
 from grass_lib.store import Store
+from grass_lib.store.formats import parse_dtype
 
 Damping = float | Sequence[float] | Tensor
 _SECONDS = ("gradients", "compression", "writing", "curvature", "query_gradients", "scoring")
@@ -67,7 +68,7 @@ class InfluenceFunction:
         hessian: str = "eFIM",
         target: Output | None = None,
         store: str | Path | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
         device: str | torch.device | None = None,
         masks: LayerMasks | None = None,
@@ -97,7 +98,8 @@ class InfluenceFunction:
             hessian: ``eFIM`` or ``Identity``.
             target: ``target(model, batch) -> (batch,)``, higher is better, for queries; None for minus the loss.
             store: Folder of the gradient store; None keeps the rows in memory.
-            dtype: Of the stored rows.
+            dtype: Of the stored numbers: float32, bfloat16, float16, int8 or fp8 (`grass_lib.store.formats`), as a name
+                or a type of PyTorch's. What ``grass store compress`` made can be asked whatever is given here.
             seed: Of the random maps.
             device: None for that of the model.
             masks: For selective types: ``{"layer/output": Mask, "layer/input": Mask}``.
@@ -156,6 +158,7 @@ class InfluenceFunction:
         )
         self.spec, self.sizes, self.k = self._gradients.spec, self._gradients.sizes, self._gradients.k
         self.include_head, self.device = self._gradients.include_head, self._gradients.device
+        dtype = parse_dtype(dtype)
         self.dtype, self.deterministic, self._progress = dtype, deterministic, progress and self._ranks.rank == 0
         self._kept = KeptStore(
             self._gradients,

@@ -20,7 +20,8 @@ from grass_lib.projection import Mask
 from grass_lib.ranks import is_distributed
 from grass_lib.store import GradientStore, MemoryStore, Store
 from grass_lib.store.base import shard_list
-from grass_lib.store.manifest import DTYPES
+from grass_lib.store.formats import parse_dtype
+from grass_lib.store.manifest import Manifest
 from grass_lib.store.store import MANIFEST
 
 # Packages whose operators differ from this library's; its own give the same numbers everywhere.
@@ -36,7 +37,7 @@ class KeptStore:
         gradients: FactoredGradients,
         *,
         path: str | Path | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         shard_size: int | None,
         settings: Mapping[str, Any],
         masks: LayerMasks | None,
@@ -49,7 +50,7 @@ class KeptStore:
         Args:
             gradients: Give the rows.
             path: The folder; None for memory.
-            dtype: Of the stored rows.
+            dtype: Of the stored numbers, see `grass_lib.store.formats`.
             shard_size: Samples per shard; None to choose.
             settings: What else decides the rows, as entries of the fingerprint.
             masks: By side.
@@ -60,13 +61,11 @@ class KeptStore:
         Raises:
             UsageError: One of them does not fit.
         """
-        if dtype not in DTYPES.values():
-            raise UsageError(f"dtype is {dtype}; expected one of {', '.join(DTYPES)}")
         if shard_size is not None and shard_size < 1:
             raise UsageError(f"shard_size is {shard_size}; expected a positive number of samples")
         self._gradients = gradients
         self._path = None if path is None else Path(path)
-        self._dtype, self._shard_size, self._source = dtype, shard_size, source
+        self._dtype, self._shard_size, self._source = parse_dtype(dtype), shard_size, source
         shapes = {name: f"{shape.kind} {shape.d_out}x{shape.d_in}" for name, shape in gradients.layers.items()}
         own = {
             "sparsification": str(gradients.spec.sparsification),
@@ -162,6 +161,16 @@ class KeptStore:
                 "device": _device_name(self._gradients),
             },
         }
+        if isinstance(there, GradientStore) and (parent := there.manifest.parent()) is not None:
+            # Rows that were compressed later are those of the store they come from.
+            plan["dtype"] = parent.dtype
+            Manifest.plan(**plan).refuse_other(parent, there.path)
+            if replace and there.missing():
+                raise UsageError(
+                    f"{there.path} was compressed from another store, and {len(there.missing())} of {there.n_shards} "
+                    "shards are missing; call compress, or `grass store compress`, again"
+                )
+            return there
         if self._path is not None:
             return GradientStore.create(self._path, **plan)
         fresh = MemoryStore(**plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -113,6 +113,9 @@ def decompose(
             bases[name] = primal_basis(name, curvature.sums.pop(name), store.n_samples, dtype=solve, keep=keep)
         else:
             bases[name] = dual_basis(name, layer_rows(store, name, device), keep=keep)
+    if store.basis is not None:
+        # Relative to what the rows were before, so that a value means the same whatever the rank.
+        bases = {name: replace(basis, mean=store.basis.means[name]) for name, basis in bases.items()}
     return bases
 
 

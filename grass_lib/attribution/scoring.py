@@ -23,6 +23,7 @@ from grass_lib.gradients.stream import clock, progress_bar, sample_count
 from grass_lib.precision import exact_products
 from grass_lib.ranks import Ranks
 from grass_lib.store import Store
+from grass_lib.store.formats import Rows
 
 CPU_QUERY_BYTES = 2**30
 CUDA_QUERY_BYTES = 4 * 2**30
@@ -37,7 +38,7 @@ def queries_at_once(store: Store, n_damping: int, dtype: torch.dtype, device: to
         dtype: Of all of them.
         device: Where they are.
     """
-    per_query = sum(store.layers.values()) * (n_damping + 1) + store.shard_size * n_damping
+    per_query = sum(store.features.values()) * (n_damping + 1) + store.shard_size * n_damping
     budget = CUDA_QUERY_BYTES if device.type == "cuda" else CPU_QUERY_BYTES
     return max(1, budget // (per_query * dtype.itemsize))
 
@@ -102,6 +103,8 @@ class Scorer:
                     return
                 count = len(next(iter(queries.values())))
                 with clocked(self._timings, "scoring", self.device), exact_products():
+                    if store.basis is not None:
+                        queries = {name: store.basis.reduce(name, part) for name, part in queries.items()}
                     # Layer after layer: its gradients go when the preconditioned ones come.
                     for place, name in enumerate(queries if bases is not None else ()):
                         queries[name] = self._preconditioned(place, name, queries[name], bases or {}, grid)
@@ -164,7 +167,7 @@ class Scorer:
             exact_products(),
         ):
             layers = [name for place, name in enumerate(store.layers) if self._ranks.owns(place)]
-            for samples, name, rows in store.stream(layers=layers) if layers else ():
+            for samples, name, rows in store.stream_rows(layers=layers) if layers else ():
                 for part, values in device_rows(rows, self._dtype, self.device):
                     place = result[:, samples.start + part.start : samples.start + part.stop]
                     place += values.square().sum(dim=1) if bases is None else bases[name].self_influence(values, grid)
@@ -217,7 +220,7 @@ def score_shards(
         StoreError: A shard is missing, damaged or cannot be read.
     """
     columns = next(iter(prepared.values()))
-    for samples, items in groupby(store.stream(shards=shards), key=lambda item: item[0]):
+    for samples, items in groupby(store.stream_rows(shards=shards), key=lambda item: item[0]):
         scores = torch.zeros(len(samples), len(columns), dtype=columns.dtype, device=device)
         for _, name, rows in items:
             for part, values in device_rows(rows, columns.dtype, device):
@@ -225,11 +228,11 @@ def score_shards(
         yield samples, scores
 
 
-def device_rows(rows: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+def device_rows(rows: Rows, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Rows on the device in another dtype, portion by portion."""
     for part in slices(len(rows), rows.shape[1] * dtype.itemsize):
-        # Converted there, not here: fewer bytes travel.
-        yield part, rows[part].to(device).to(dtype)
+        # Decoded there, not here: fewer bytes travel.
+        yield part, rows.part(part).to(device).decoded().to(dtype)
 
 
 @contextmanager

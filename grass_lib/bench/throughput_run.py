@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 FACTGRASS, LOGRA = "random_mask-128*128->sjlt-4096", "normal-64*64->identity"
+BLOCK = 1024
+"""Tokens in a sequence."""
 FASTER, COSINE = 1.35, 0.99
 """Goals on one H100 at the shape of Llama-3.1-8B: times the plain model, and the worst cosine of a written row."""
 MEMORY = {"Identity": 32e9, "eFIM": 48e9}
@@ -39,7 +41,7 @@ def run(
     spec: str = FACTGRASS,
     other: str = LOGRA,
     batches: Sequence[int] = (4, 8),
-    block: int = 1024,
+    block: int = BLOCK,
     samples: int = 256,
     steps: int = 8,
     device: str = "auto",

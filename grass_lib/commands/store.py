@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from grass_lib.commands.compress import compare, compress
 from grass_lib.commands.slurm import NoWait, SlurmOptions, cache_on_slurm, slurm_settings
 from grass_lib.errors import StoreError, UsageError
 
 app = typer.Typer(help="Gradient stores: cache, look at, check, mend, put together.", no_args_is_help=True)
+app.command()(compress)
+app.command()(compare)
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
@@ -36,7 +39,9 @@ def info(
         "shard_size": found.shard_size,
         "layers": len(found.layers),
         "k": sum(found.layers.values()),
-        "dtype": str(found.dtype).removeprefix("torch."),
+        "features": sum(found.features.values()),
+        "dtype": found.manifest.dtype_name,
+        "rank": found.manifest.low_rank["rank"] if found.manifest.low_rank else None,
         "stored_bytes": found.stored_bytes,
         "source": found.source,
         "fingerprint": found.fingerprint,
@@ -47,7 +52,11 @@ def info(
     state = "complete" if not missing else f"{len(missing)} of {found.n_shards} shards missing"
     typer.echo(f"{found.n_samples:,} samples in {found.n_shards} shards of {found.shard_size:,}: {state}")
     typer.echo(f"{len(found.layers)} layers, k = {value['k']:,} in all, {value['dtype']}, {found.stored_bytes:,} bytes")
+    if value["rank"]:
+        typer.echo(f"rank {value['rank']}: coefficients in place of k = {value['features']:,} in all")
     source = found.source or {}
+    if "compressed" in source:
+        typer.echo(f"compressed from {source['compressed']['parent']}")
     for name in ("experiment", "scale", "sparsification", "projection", "hessian", "seed"):
         if name in source:
             typer.echo(f"{name}: {source[name]}")
@@ -72,7 +81,11 @@ def verify(store: StorePath, quiet: Quiet = False) -> None:
 
 @app.command()
 def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> None:
-    """Compute missing and damaged shards again, and only these."""
+    """Compute missing and damaged shards again, and only these.
+
+    Those of a store that `grass store compress` made come from its parent.
+    """
+    from grass_lib.commands.compress import compress_again, compression_parent
     from grass_lib.commands.tasks import StoreSource, influence_of
     from grass_lib.store import GradientStore
 
@@ -81,13 +94,18 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
     if not problems:
         typer.echo(f"all {found.n_shards} shards are as they were written; nothing to do")
         return
-    source = StoreSource.of_store(found)
+    compressed = found.manifest.parent() is not None
+    source = None if compressed else StoreSource.of_store(found)
+    parent = compression_parent(found) if compressed else None
     for problem in problems:
         typer.echo(f"shard {problem.number}: {problem.kind}")
         if problem.kind != "missing":
             found.drop(problem.number)
-    task, influence = influence_of(source, store, shard_size=found.shard_size, device=device, progress=not quiet)
-    influence.cache(task.train, n_samples=task.n_train)
+    if parent is not None:
+        compress_again(parent, found, device=device, progress=not quiet)
+    elif source is not None:
+        task, influence = influence_of(source, store, shard_size=found.shard_size, device=device, progress=not quiet)
+        influence.cache(task.train, n_samples=task.n_train)
     typer.echo(f"computed {len(problems)} of {found.n_shards} shards again")
 
 
@@ -115,7 +133,9 @@ def cache(
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A parameter of the notebook.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of the stored rows: float32, bfloat16, float16, int8 or fp8.")
+    ] = "bfloat16",
     masks: Annotated[
         str, typer.Option(help="How selective masks are chosen: random, energy or learned (without: learned).")
     ] = "",

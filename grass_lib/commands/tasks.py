@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from grass_lib.gradients.factored import LayerMasks
     from grass_lib.ranks import Ranks
 
-DTYPES = ("float32", "bfloat16", "float16")
 SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
 
 
@@ -102,6 +101,7 @@ def planned_source(
     from grass_lib.runner.parameters import read_parameters, resolve
     from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
     from grass_lib.specs import CompressionSpec, parse_hessian
+    from grass_lib.store.formats import DTYPES
 
     (name,) = check_names([experiment])
     found = experiments_by_name()[name]
@@ -161,8 +161,6 @@ def influence_of(
         UsageError: The device or the experiment is not usable here.
         StoreError: The folder holds something else.
     """
-    import torch
-
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import resolve_device
     from grass_lib.experiments.layer_masks import fit_layer_masks, masks_folder
@@ -216,7 +214,7 @@ def influence_of(
         projection=source.projection,
         hessian=source.hessian,
         store=store,
-        dtype=getattr(torch, source.dtype),
+        dtype=source.dtype,
         masks=masks,
         seed=source.seed,
         shard_size=shard_size,

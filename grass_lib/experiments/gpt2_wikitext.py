@@ -31,8 +31,8 @@ from grass_lib.masks import FACTORED_METHODS
 from grass_lib.masks.stages import StageMasks
 from grass_lib.project import runs_root
 from grass_lib.specs import CompressionSpec, StageSpec, parse_hessian
+from grass_lib.store.formats import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GALLERY_LIMIT = 6
 """Queries in the gallery, so that a page shows at most 60 excerpts."""
 LAYERS = "linear"

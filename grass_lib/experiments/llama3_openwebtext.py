@@ -29,7 +29,7 @@ from grass_lib.experiments.data.openwebtext import (
 from grass_lib.experiments.data.passages import PassageSet
 from grass_lib.experiments.data.wikipedia import articles_fingerprint
 from grass_lib.experiments.llama3_models import ChatModel, hub_tokenizer, smollm2, smollm2_path, tiny_llama
-from grass_lib.experiments.llama3_protocol import DTYPES, SCALES, Protocol, parse_phases, protocol
+from grass_lib.experiments.llama3_protocol import SCALES, Protocol, parse_phases, protocol
 from grass_lib.experiments.llama3_queries import answer, load_prompts, query_batches
 from grass_lib.experiments.llama3_results import Results
 from grass_lib.experiments.models.llama import (
@@ -45,6 +45,7 @@ from grass_lib.gradients.fp8 import device_problem
 from grass_lib.gradients.head import chunked_causal_loss
 from grass_lib.project import runs_root
 from grass_lib.specs import parse_hessian
+from grass_lib.store.formats import DTYPES
 
 SHAPE = "llama-3.1-8b"
 _NEED_MODEL = ("cache", "self_influence", "attribute")

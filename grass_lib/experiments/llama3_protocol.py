@@ -11,7 +11,6 @@ from grass_lib.specs import CompressionSpec, parse_specs
 PHASES = ("cache", "self_influence", "attribute", "retrieve")
 """In their order; each starts from what the ones before left on the disk."""
 WEIGHTS = ("pretrained", "random")
-DTYPES = ("bfloat16", "float32", "float16")
 SCALES = ("embedded", "paper")
 
 

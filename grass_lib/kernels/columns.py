@@ -69,7 +69,9 @@ def kept_columns(x: Tensor, index: Tensor, places: Tensor | None, ones: bool = F
         return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if ones else kept
     # As a matrix, which the layer makes of it too: a compiler sees one tensor and writes it once.
     rows = x.flatten(0, -2)
-    if places is not None and torch.compiler.is_compiling():
+    # Where PyTorch must be deterministic it sorts what is sent, which takes many times as long as the kernel.
+    sends = torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled()
+    if places is not None and sends:
         return scattered_columns(rows, places, len(index), ones).unflatten(0, x.shape[:-1])
     return _columns(rows, index, ones).unflatten(0, x.shape[:-1])
 

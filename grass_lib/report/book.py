@@ -176,6 +176,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.published import published_rows
     from grass_lib.report.recipes import recipe_section
     from grass_lib.report.scaling import write_scaling_parts
+    from grass_lib.report.storage import write_plan_parts
     from grass_lib.report.systems_bench import write_systems_parts
     from grass_lib.report.throughput import write_throughput_parts
     from grass_lib.runner import verified_records
@@ -201,6 +202,7 @@ def assemble(root: str | Path) -> list[Shown]:
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)
     write_scaling_parts(root / "book" / "measured", generated)
+    write_plan_parts(root / "book" / "measured", generated)
     write_systems_parts(root / "book" / "measured", generated)
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
     return shown

@@ -7,16 +7,25 @@ from typing import Any
 
 TOKENS = 1_000_000_000
 _GPU_BYTES = 80e9
-_LAYERS_70B = 561
-"""Linear layers of Llama-3.1-70B: seven in each of 80 decoder layers, and the output layer."""
+
+
+def linear_layers(model: str) -> int:
+    """Linear layers of a Llama: seven in each decoder layer, and the output layer.
+
+    Args:
+        model: A name of ``grass_lib.experiments.models.llama.SHAPES``.
+    """
+    from grass_lib.experiments.models.llama import SHAPES
+
+    return 7 * SHAPES[model].layers + 1
 
 
 def plan_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Disk, hours and GPUs for a billion tokens.
 
     The 8B row has the measured rate of the fastest caching row with the output layer. The 70B row has that rate times
-    the ratio of the operations that a token needs; it is an estimate, and this library does not spread one model over
-    several GPUs.
+    the ratio of the operations that a token needs; it is an estimate: the same operations a second on each of the GPUs
+    that share the model.
 
     Args:
         result: Of the throughput benchmark, for a model called ``llama-3.1-8b``.
@@ -35,7 +44,7 @@ def plan_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     best = max((row for row in rows if row["layers"] == most), key=lambda row: row["tokens_per_second"])
     passages, per_layer = TOKENS // result["block"], best["stored"]["k"] / best["layers"]
     found = []
-    for name, layers in (("llama-3.1-8b", best["layers"]), ("llama-3.1-70b", _LAYERS_70B)):
+    for name, layers in (("llama-3.1-8b", best["layers"]), ("llama-3.1-70b", linear_layers("llama-3.1-70b"))):
         sizes, same = SHAPES[name], name == "llama-3.1-8b"
         needed = operations(sizes.linear_weights, sizes.layers, sizes.width, result["block"])
         rate = best["tokens_per_second"] * (1.0 if same else result["model"]["operations_per_token"] / needed)

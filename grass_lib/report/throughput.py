@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RESULT = "throughput.json"
 FIGURE = "throughput_rows"
-_STUB = "Not measured yet: `grass bench throughput --json book/measured/throughput.json` writes it, on a GPU.\n"
+STUB = "Not measured yet: `grass bench throughput --json book/measured/throughput.json` writes it, on a GPU.\n"
 NAMES = {
     "plain": "transformers' model, forward and backward to activations",
     "reference": "a step like the reference's, nothing written",
@@ -250,7 +250,7 @@ def write_throughput_parts(measured: Path, target: Path) -> list[Path]:
     """
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    parts: dict[str, str] = dict.fromkeys(("device", "goals", "table", "split", "figure", "plan"), _STUB)
+    parts: dict[str, str] = dict.fromkeys(("device", "goals", "table", "split", "figure", "plan"), STUB)
     result = load(measured) if (measured / RESULT).is_file() else None
     if result is not None:
         parts = {

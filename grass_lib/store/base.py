@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from grass_lib.errors import StoreError
+from grass_lib.store.basis import StoreBasis
+from grass_lib.store.formats import Rows
 from grass_lib.store.manifest import Manifest
 from grass_lib.store.writer import ShardWriter
 
@@ -50,9 +52,24 @@ class Store(ABC):
         return self.manifest.n_shards
 
     @property
+    def features(self) -> dict[str, int]:
+        """Features of the gradients per layer: those of ``layers``, unless rows are coefficients of a basis."""
+        return self.manifest.features
+
+    @property
+    def basis(self) -> StoreBasis | None:
+        """The basis whose coefficients the rows are; None where rows are gradients."""
+        return None
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Of the stored rows."""
+        """Of the stored numbers, which are codes with scales for int8 and fp8."""
         return self.manifest.dtype
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of rows before they are stored and when they are read: float32 where codes are stored."""
+        return self.manifest.row_dtype
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -110,12 +127,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, number: int, tensors: Mapping[str, Tensor | Rows]) -> None:
         """Writes one shard, in place of one that may be there.
 
         Args:
             number: The shard.
-            tensors: ``{layer: (rows, k_l)}`` in the store's dtype on the CPU.
+            tensors: ``{layer: (rows, k_l)}`` in ``row_dtype`` on the CPU, or rows that are encoded already.
 
         Raises:
             UsageError: Layers, shapes, the dtype or the device differ from the plan.
@@ -131,17 +148,29 @@ class Store(ABC):
             layers: Names of the layers wanted; None means all.
 
         Returns:
-            ``{layer: (rows, k_l)}`` in the store's dtype, in file order.
+            ``{layer: (rows, k_l)}`` in ``row_dtype``, in file order.
 
         Raises:
             UsageError: There is no such shard or layer.
             StoreError: The shard is missing, damaged, or cannot be read.
         """
 
-    @abstractmethod
     def stream(
         self, *, shards: Iterable[int] | None = None, layers: Iterable[str] | None = None, prefetch: int = 4
     ) -> Iterator[tuple[range, str, Tensor]]:
+        """Goes over shards and their layers, in order; arguments and errors as in :meth:`stream_rows`.
+
+        Yields:
+            Sample indices of the shard, the layer's name, and its rows ``(rows, k_l)`` in ``row_dtype`` on the CPU.
+            A tensor is valid until ``prefetch`` further ones have been taken.
+        """
+        found = self.stream_rows(shards=shards, layers=layers, prefetch=prefetch)
+        return ((samples, name, rows.decoded()) for samples, name, rows in found)
+
+    @abstractmethod
+    def stream_rows(
+        self, *, shards: Iterable[int] | None = None, layers: Iterable[str] | None = None, prefetch: int = 4
+    ) -> Iterator[tuple[range, str, Rows]]:
         """Goes over shards and their layers, in order.
 
         Args:
@@ -150,8 +179,8 @@ class Store(ABC):
             prefetch: How many tensors are read ahead, and how long one stays valid.
 
         Yields:
-            Sample indices of the shard, the layer's name, and its rows ``(rows, k_l)`` in the store's dtype on the CPU.
-            A tensor is valid until ``prefetch`` further ones have been taken.
+            Sample indices of the shard, the layer's name, and its rows ``(rows, k_l)`` as they are stored, on the CPU:
+            fewer bytes to move before they are decoded. They are valid until ``prefetch`` further ones have been taken.
 
         Raises:
             UsageError: There is no such shard or layer, or ``prefetch`` is not positive.

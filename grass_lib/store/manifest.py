@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,22 @@ from torch import Tensor
 
 from grass_lib.errors import StoreError, UsageError
 from grass_lib.rng import STREAM_VERSION
+from grass_lib.store.entries import as_json, encoded, flat, sha256_of, short
+from grass_lib.store.formats import (
+    DTYPES,
+    SCALE_BLOCK,
+    SCALE_DTYPE,
+    SCALED,
+    Rows,
+    dtype_name,
+    parse_dtype,
+    row_dtype,
+    scale_count,
+)
 
 FORMAT = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALES = "::scale"
+"""After a layer's name: the name of its scales in a shard."""
 _SHOWN = 20
 _ABSENT = "(absent)"
 
@@ -30,12 +42,14 @@ class Manifest:
         layers: Features per layer, ``{name: k_l}``, in the order of the rows' files.
         n_samples: Number of samples.
         shard_size: Samples per shard; the last shard may have fewer.
-        dtype: Of the stored rows: float32, bfloat16 or float16.
+        dtype: Of the stored numbers, one of ``formats.DTYPES``.
         fingerprint: What the rows come from, as JSON values.
         source: What would compute the rows again; None when nothing is known.
         provenance: Notes that change nothing, such as versions and the device.
         stream_version: Version of the random streams behind the rows.
         format: Version of the store's files.
+        low_rank: Where rows are coefficients of a basis: the ``rank`` asked for, the ``features`` of each layer before,
+            and the ``sha256`` of the file with the basis; ``layers`` then are numbers of coefficients.
     """
 
     layers: dict[str, int]
@@ -47,6 +61,7 @@ class Manifest:
     provenance: dict[str, Any] | None = None
     stream_version: int = STREAM_VERSION
     format: int = FORMAT
+    low_rank: dict[str, Any] | None = None
 
     @staticmethod
     def plan(
@@ -54,10 +69,11 @@ class Manifest:
         layers: Mapping[str, int],
         n_samples: int,
         shard_size: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         fingerprint: Mapping[str, Any],
         source: Mapping[str, Any] | None,
         provenance: Mapping[str, Any] | None,
+        low_rank: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Checks the arguments of a store.
 
@@ -68,21 +84,20 @@ class Manifest:
         if not layers:
             raise UsageError("a gradient store without layers; expected {layer name: number of features}")
         for name, size in layers.items():
-            if not isinstance(name, str) or not name or name == "__metadata__":
+            if not isinstance(name, str) or not name or name == "__metadata__" or name.endswith(SCALES):
                 raise UsageError(f"layer name {name!r} cannot be used in a gradient store; expected the module's name")
             _positive(f"number of features of layer {name}", size)
         _positive("n_samples", n_samples)
         _positive("shard_size", shard_size)
-        if dtype not in DTYPES.values():
-            raise UsageError(f"gradient store of dtype {dtype}; expected one of {', '.join(DTYPES)}")
         return Manifest(
             layers={name: int(size) for name, size in layers.items()},
             n_samples=int(n_samples),
             shard_size=int(shard_size),
-            dtype=dtype,
-            fingerprint=_as_json("fingerprint", fingerprint),
-            source=None if source is None else _as_json("source", source),
-            provenance=None if provenance is None else _as_json("provenance", provenance),
+            dtype=parse_dtype(dtype),
+            fingerprint=as_json("fingerprint", fingerprint),
+            source=None if source is None else as_json("source", source),
+            provenance=None if provenance is None else as_json("provenance", provenance),
+            low_rank=None if low_rank is None else as_json("low_rank", low_rank),
         )
 
     @property
@@ -93,12 +108,40 @@ class Manifest:
     @property
     def dtype_name(self) -> str:
         """The dtype as it is written."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return dtype_name(self.dtype)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of rows before they are stored and when they are read."""
+        return row_dtype(self.dtype)
+
+    @property
+    def features(self) -> dict[str, int]:
+        """Features of the gradients per layer: those of ``layers``, unless rows are coefficients of a basis."""
+        known = self.low_rank["features"] if self.low_rank else self.layers
+        return {name: known[name] for name in self.layers}
+
+    def tensors(self) -> list[tuple[str, torch.dtype, int]]:
+        """Name, type and width of the tensors of a shard in file order: first all scales, where there are some.
+
+        In this order every tensor starts at a multiple of its type's size, as readers may expect.
+        """
+        scales = [(f"{name}{SCALES}", SCALE_DTYPE, scale_count(k)) for name, k in self.layers.items()]
+        return [*(scales if self.dtype in SCALED else []), *((name, self.dtype, k) for name, k in self.layers.items())]
+
+    def parent(self) -> Manifest | None:
+        """The plan of the store that this one was compressed from; None where it was computed itself."""
+        made = self.fingerprint.get("compressed")
+        if made is None:
+            return None
+        own = {name: value for name, value in self.fingerprint.items() if name != "compressed"}
+        dtype, layers = DTYPES[made["dtype"]], self.features
+        return replace(self, layers=layers, dtype=dtype, fingerprint=own, source=None, low_rank=None)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that belongs to the store's identity, in hexadecimal."""
-        return _sha256(self._identity())
+        return sha256_of(self._identity())
 
     def shard_rows(self, number: int) -> range:
         """Sample indices of one shard.
@@ -131,7 +174,7 @@ class Manifest:
             raise UsageError(f"no layer {', '.join(unknown)} in the gradient store; it has {', '.join(self.layers)}")
         return [name for name in self.layers if name in chosen]
 
-    def check_tensors(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, number: int, tensors: Mapping[str, Tensor | Rows]) -> None:
         """Compares the rows of a shard with the plan.
 
         Raises:
@@ -146,21 +189,27 @@ class Manifest:
                 f"expected its {len(self.layers)} layers {_some(list(self.layers))}"
             )
         for name, size in self.layers.items():
-            tensor = tensors[name]
+            tensor, expected = tensors[name], self.row_dtype
+            if isinstance(tensor, Rows):
+                expected, scales, tensor = self.dtype, tensor.scales, tensor.codes
+                shape = (rows, scale_count(size)) if expected in SCALED else None
+                if (None if scales is None else tuple(scales.shape)) != shape:
+                    found = "no scales" if scales is None else f"scales of shape {tuple(scales.shape)}"
+                    raise UsageError(f"shard {number}, layer {name}: {found}, expected {shape or 'none'}")
             if tuple(tensor.shape) != (rows, size):
                 raise UsageError(
                     f"shard {number}, layer {name}: rows of shape {tuple(tensor.shape)}, expected {(rows, size)}"
                 )
-            if tensor.dtype != self.dtype or tensor.device.type != "cpu":
+            if tensor.dtype != expected or tensor.device.type != "cpu":
                 raise UsageError(
-                    f"shard {number}, layer {name}: {tensor.dtype} on {tensor.device.type}, expected {self.dtype} on "
+                    f"shard {number}, layer {name}: {tensor.dtype} on {tensor.device.type}, expected {expected} on "
                     "cpu; convert the rows before they are written"
                 )
 
     def to_bytes(self) -> bytes:
         """The manifest as it is written: the same bytes for the same content."""
         content = {**self._identity(), "digest": self.digest, "source": self.source, "provenance": self.provenance}
-        return _encode({**content, "sha256": _sha256(content)}, indent=1) + b"\n"
+        return encoded({**content, "sha256": sha256_of(content)}, indent=1) + b"\n"
 
     @staticmethod
     def from_bytes(content: bytes, path: Path) -> Manifest:
@@ -184,18 +233,19 @@ class Manifest:
                 "wrote it, or another folder"
             )
         found = values.pop("sha256", None) if isinstance(values, dict) else None
-        if not isinstance(values, dict) or found != _sha256(values):
+        if not isinstance(values, dict) or found != sha256_of(values):
             raise StoreError(f"{path} is damaged or was changed: its content does not fit its checksum; {remedy}")
         return Manifest(
             layers={name: size for name, size in values["layers"]},
             n_samples=values["n_samples"],
             shard_size=values["shard_size"],
-            dtype=DTYPES[values["dtype"]],
+            dtype=_known_dtype(values["dtype"], path),
             fingerprint=values["fingerprint"],
             source=values["source"],
             provenance=values["provenance"],
             stream_version=values["stream_version"],
             format=values["format"],
+            low_rank=values.get("low_rank"),
         )
 
     def refuse_other(self, found: Manifest, place: object) -> None:
@@ -213,7 +263,7 @@ class Manifest:
         wanted, there = self._fields(), found._fields()
         names = [name for name in {**wanted, **there} if wanted.get(name, _ABSENT) != there.get(name, _ABSENT)]
         parts = [
-            f"{name} is {_short(there.get(name, _ABSENT))} there, {_short(wanted.get(name, _ABSENT))} here"
+            f"{name} is {short(there.get(name, _ABSENT))} there, {short(wanted.get(name, _ABSENT))} here"
             for name in names[:_SHOWN]
         ] or ["the layers are in another order"]
         if len(names) > _SHOWN:
@@ -224,7 +274,11 @@ class Manifest:
         )
 
     def _identity(self) -> dict[str, Any]:
+        # Left out where they mean nothing, so that older stores keep their fingerprint.
+        scaled = {"scale_block": SCALE_BLOCK} if self.dtype in SCALED else {}
         return {
+            **scaled,
+            **({"low_rank": self.low_rank} if self.low_rank else {}),
             "format": self.format,
             "stream_version": self.stream_version,
             "fingerprint": self.fingerprint,
@@ -239,8 +293,8 @@ class Manifest:
         identity = self._identity()
         del identity["layers"]
         return {
-            **_flat("", identity.pop("fingerprint")),
-            **identity,
+            **flat("", identity.pop("fingerprint")),
+            **flat("", identity),
             **{f"layers.{name}": size for name, size in self.layers.items()},
         }
 
@@ -250,32 +304,12 @@ def _positive(what: str, value: object) -> None:
         raise UsageError(f"{what} of a gradient store is {value!r}; expected a positive integer")
 
 
-def _as_json(what: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(values), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} of a gradient store: {error}; expected JSON values only") from error
-
-
-def _encode(value: object, indent: int | None = None) -> bytes:
-    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(_encode(value)).hexdigest()
-
-
-def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        result.update(_flat(f"{path}.", value) if isinstance(value, dict) and value else {path: value})
-    return result
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+def _known_dtype(name: str, path: Path) -> torch.dtype:
+    if name not in DTYPES:
+        raise StoreError(
+            f"{path} is of dtype {name}, this version reads {', '.join(DTYPES)}; use the version that wrote it"
+        )
+    return DTYPES[name]
 
 
 def _some(names: list[str]) -> str:

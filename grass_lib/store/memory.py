@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grass_lib.errors import UsageError
 from grass_lib.store.base import Store
+from grass_lib.store.formats import Rows, encode
 from grass_lib.store.manifest import Manifest
 from grass_lib.store.writer import ShardWriter
 
@@ -24,7 +25,7 @@ class MemoryStore(Store):
         layers: Mapping[str, int],
         n_samples: int,
         shard_size: int = 1024,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         fingerprint: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -41,12 +42,12 @@ class MemoryStore(Store):
                 provenance=provenance,
             )
         )
-        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._shards: dict[int, dict[str, Rows]] = {}
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for shard in self._shards.values() for tensor in shard.values())
+        return sum(rows.nbytes for shard in self._shards.values() for rows in shard.values())
 
     def writer(
         self, *, max_pending: int = 1, worker: int = 0, n_workers: int = 1
@@ -56,23 +57,21 @@ class MemoryStore(Store):
             self.manifest, self.write, max_pending=max_pending, worker=worker, n_workers=n_workers
         ).running()
 
-    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, number: int, tensors: Mapping[str, Tensor | Rows]) -> None:
         """As `GradientStore.write`; the tensors are copied."""
         self.manifest.check_tensors(number, tensors)
-        self._shards[number] = {
-            name: tensors[name].detach().clone(memory_format=torch.contiguous_format) for name in self.manifest.layers
-        }
+        self._shards[number] = {name: self._copied(tensors[name]) for name in self.manifest.layers}
 
     def read(self, number: int, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """As `GradientStore.read`; the tensors are the stored ones, not to be changed."""
         names = self.manifest.check_layers(layers)
         shard = self._shards[self._chosen_shards([number])[0]]
-        return {name: shard[name] for name in names}
+        return {name: shard[name].decoded() for name in names}
 
-    def stream(
+    def stream_rows(
         self, *, shards: Iterable[int] | None = None, layers: Iterable[str] | None = None, prefetch: int = 4
-    ) -> Iterator[tuple[range, str, Tensor]]:
-        """As `GradientStore.stream`; the tensors are the stored ones, valid as long as the store."""
+    ) -> Iterator[tuple[range, str, Rows]]:
+        """As `GradientStore.stream_rows`; the tensors are the stored ones, valid as long as the store."""
         if prefetch < 1:
             raise UsageError(f"prefetch={prefetch} of a gradient store's stream; expected at least 1")
         names, numbers = self.manifest.check_layers(layers), self._chosen_shards(shards)
@@ -82,6 +81,10 @@ class MemoryStore(Store):
         """As `GradientStore.drop`."""
         self.shard_rows(number)
         self._shards.pop(number, None)
+
+    def _copied(self, given: Tensor | Rows) -> Rows:
+        rows = given if isinstance(given, Rows) else encode(given.detach(), self.dtype)
+        return Rows(*(tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in rows.tensors()))
 
     def _finished(self) -> set[int]:
         return set(self._shards)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grass_lib.store.manifest import Manifest
+from grass_lib.store.formats import Rows
+from grass_lib.store.manifest import SCALES, Manifest
 from grass_lib.store.shards import data_path, fill, open_shard, raw_bytes
 
 _AHEAD_BYTES = 256 << 20
@@ -25,12 +26,13 @@ class _Filled:
     shape: tuple[int, int]
     size: int
     buffer: Tensor
+    scales: Tensor | None
 
 
 def stream_shards(
     folder: Path, manifest: Manifest, shards: Sequence[int], layers: Sequence[str], prefetch: int
-) -> Iterator[tuple[range, str, Tensor]]:
-    """Goes over finished shards; arguments, items and errors as in `Store.stream`.
+) -> Iterator[tuple[range, str, Rows]]:
+    """Goes over finished shards; arguments, items and errors as in `Store.stream_rows`.
 
     Holds ``prefetch`` tensors that are still valid and reads as many ahead, but no more than 256 MB of them (and at
     least one). The thread ends with the generator, however that ends.
@@ -53,7 +55,7 @@ def stream_shards(
             if isinstance(item, BaseException):
                 raise item
             given.append(item.buffer)
-            rows = item.buffer[: item.size].view(manifest.dtype).view(item.shape)
+            rows = Rows(item.buffer[: item.size].view(manifest.dtype).view(item.shape), item.scales)
             yield manifest.shard_rows(item.number), item.name, rows
             del item, rows
     finally:
@@ -110,11 +112,17 @@ class _Reader(threading.Thread):
         with file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            # They are few, and come first in the file.
+            scales = {name: torch.empty(0) for name in self._layers if name + SCALES in parts}
+            for name in scales:
+                part = parts[name + SCALES]
+                scales[name] = torch.empty(part.shape, dtype=part.dtype)
+                fill(file, path, part, raw_bytes(scales[name]))
             for name in self._layers:
                 buffer = self.free.get()
                 if buffer is None or self._stopped.is_set():
                     return False
                 part = parts[name]
                 fill(file, path, part, raw_bytes(buffer))
-                self.filled.put(_Filled(number, name, part.shape, part.size, buffer))
+                self.filled.put(_Filled(number, name, part.shape, part.size, buffer, scales.get(name)))
         return True

@@ -23,10 +23,17 @@ from torch import Tensor
 
 from grass_lib.errors import StoreError
 from grass_lib.files import replacing, sync_folder
-from grass_lib.store.manifest import Manifest
+from grass_lib.store.formats import Rows, encode
+from grass_lib.store.manifest import SCALES, Manifest
 
 BLOCK = 8 << 20
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,19 +54,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Part:
-    """Where one layer's rows are in a shard file.
+    """Where one layer's rows, or their scales, are in a shard file.
 
     Attributes:
-        name: The layer.
+        name: The layer, or that of its scales.
         offset: First byte in the file.
-        shape: ``(rows, k_l)``.
+        shape: ``(rows, k_l)``, or ``(rows, scales)``.
         size: Number of bytes.
+        dtype: Of its numbers.
     """
 
     name: str
     offset: int
     shape: tuple[int, int]
     size: int
+    dtype: torch.dtype
 
 
 def data_path(folder: Path, number: int) -> Path:
@@ -92,36 +101,35 @@ def note_bytes(manifest: Manifest, number: int, size: int, sha256: str) -> bytes
 
 
 def shard_parts(manifest: Manifest, number: int) -> tuple[bytes, list[Part]]:
-    """Header of a shard's file and the places of its layers, which follow from the plan alone.
+    """Header of a shard's file and the places of its tensors, which follow from the plan alone.
 
     Returns:
-        The first bytes of the file, and one part per layer in file order.
+        The first bytes of the file, and one part per tensor in file order.
     """
-    rows, item = len(manifest.shard_rows(number)), manifest.dtype.itemsize
+    rows, tensors = len(manifest.shard_rows(number)), manifest.tensors()
     entries: dict[str, object] = {}
-    sizes, end = [rows * size * item for size in manifest.layers.values()], 0
-    for (name, size), length in zip(manifest.layers.items(), sizes, strict=True):
-        code = _CODES[manifest.dtype]
-        entries[name] = {"dtype": code, "shape": [rows, size], "data_offsets": [end, end + length]}
+    sizes, end = [rows * width * dtype.itemsize for _, dtype, width in tensors], 0
+    for (name, dtype, width), length in zip(tensors, sizes, strict=True):
+        entries[name] = {"dtype": _CODES[dtype], "shape": [rows, width], "data_offsets": [end, end + length]}
         end += length
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     offset, parts = len(header), []
-    for (name, size), length in zip(manifest.layers.items(), sizes, strict=True):
-        parts.append(Part(name, offset, (rows, size), length))
+    for (name, dtype, width), length in zip(tensors, sizes, strict=True):
+        parts.append(Part(name, offset, (rows, width), length, dtype))
         offset += length
     return header, parts
 
 
-def write_shard(folder: Path, manifest: Manifest, number: int, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(folder: Path, manifest: Manifest, number: int, tensors: Mapping[str, Tensor | Rows]) -> None:
     """Writes a shard, its note last; a shard that was there counts as missing from the start of the call.
 
     Args:
         folder: The store's folder.
         manifest: Its plan; the tensors have been compared with it.
         number: The shard.
-        tensors: ``{layer: (rows, k_l)}`` on the CPU.
+        tensors: ``{layer: (rows, k_l)}`` on the CPU, encoded already or not.
 
     Raises:
         StoreError: The file could not be written; no temporary file is left, and finished shards are kept.
@@ -129,6 +137,7 @@ def write_shard(folder: Path, manifest: Manifest, number: int, tensors: Mapping[
     path = data_path(folder, number)
     header, parts = shard_parts(manifest, number)
     size = len(header) + sum(part.size for part in parts)
+    stored = _stored(manifest, tensors)
     with explained(path, size):
         free = shutil.disk_usage(folder)
         if free.total and free.free < size:
@@ -138,7 +147,7 @@ def write_shard(folder: Path, manifest: Manifest, number: int, tensors: Mapping[
         with replacing(path, temporary_path(path)) as file:
             file.write(header)
             for part in parts:
-                for block in _blocks(tensors[part.name]):
+                for block in _blocks(stored[part.name]):
                     digest.update(block)
                     file.write(block)
     write_note(folder, number, note_bytes(manifest, number, size, digest.hexdigest()))
@@ -255,6 +264,18 @@ def check_shard(folder: Path, manifest: Manifest, number: int) -> Problem | None
     except StoreError as error:
         return Problem(number, "damaged", str(error))
     return None
+
+
+def _stored(manifest: Manifest, tensors: Mapping[str, Tensor | Rows]) -> dict[str, Tensor]:
+    """The tensors of a shard by name."""
+    result: dict[str, Tensor] = {}
+    for name in manifest.layers:
+        given = tensors[name]
+        rows = given if isinstance(given, Rows) else encode(given.detach(), manifest.dtype)
+        result[name] = rows.codes
+        if rows.scales is not None:
+            result[f"{name}{SCALES}"] = rows.scales
+    return result
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

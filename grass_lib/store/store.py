@@ -3,7 +3,8 @@
 ::
 
     manifest.json              plan, fingerprint, source; written first
-    shard_00000.safetensors    one tensor per layer, in the layers' order
+    shard_00000.safetensors    one tensor per layer, in the layers' order; for int8 and fp8 their scales before them
+    basis.safetensors          only where rows are coefficients of a basis; written before the manifest
     shard_00000.json           bytes, rows, SHA-256; written last, its presence means that the shard is finished
 
 Every file appears whole or not at all, so that a run killed at any moment goes on at the first missing shard.
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ from tqdm import tqdm
 from grass_lib.errors import StoreError, UsageError
 from grass_lib.files import replacing
 from grass_lib.store.base import Store
+from grass_lib.store.basis import BASIS, StoreBasis, read_basis, write_basis
+from grass_lib.store.formats import Rows, empty_rows
 from grass_lib.store.lock import creation_lock, remove_creation_lock, worker_lock
-from grass_lib.store.manifest import Manifest
+from grass_lib.store.manifest import SCALES, Manifest
 from grass_lib.store.merging import merge_stores
 from grass_lib.store.reader import stream_shards
 from grass_lib.store.shards import (
@@ -78,10 +82,11 @@ class GradientStore(Store):
         layers: Mapping[str, int],
         n_samples: int,
         shard_size: int = 1024,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         fingerprint: Mapping[str, Any],
         source: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        low_rank: Mapping[str, Any] | None = None,
     ) -> GradientStore:
         """Makes a store, or opens the one that is there, whose source and provenance then stay.
 
@@ -90,10 +95,11 @@ class GradientStore(Store):
             layers: Features per layer, ``{name: k_l}``.
             n_samples: Number of samples.
             shard_size: Samples per shard.
-            dtype: Of the stored rows: float32, bfloat16 or float16.
+            dtype: Of the stored numbers: float32, bfloat16, float16, int8 or fp8, as a name or a type of PyTorch's.
             fingerprint: What the rows come from (hashes of model and data, specs, seed, loss): JSON values.
             source: What would compute the rows again; not part of the fingerprint.
             provenance: Notes that change nothing; not part of the fingerprint.
+            low_rank: Where rows are coefficients of the basis in the folder, see `Manifest`.
 
         Raises:
             UsageError: An argument is wrong.
@@ -108,6 +114,7 @@ class GradientStore(Store):
             fingerprint=fingerprint,
             source=source,
             provenance=provenance,
+            low_rank=low_rank,
         )
         folder = Path(path)
         return cls(folder, _placed(folder, manifest))
@@ -124,9 +131,20 @@ class GradientStore(Store):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the manifest and of all finished shards."""
+        """Bytes of the manifest, of the basis where there is one, and of all finished shards."""
         files = [path(self.path, number) for number in self._finished() for path in (data_path, note_path)]
+        files += [self.path / BASIS] if self.manifest.low_rank else []
         return sum(file.stat().st_size for file in [self.path / MANIFEST, *files])
+
+    @cached_property
+    def basis(self) -> StoreBasis | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The basis whose coefficients the rows are, read at first use; None where rows are gradients.
+
+        Raises:
+            StoreError: Its file is missing or damaged.
+        """
+        low_rank = self.manifest.low_rank
+        return StoreBasis.from_bytes(read_basis(self.path, low_rank["sha256"])) if low_rank else None
 
     @contextmanager
     def writer(self, *, max_pending: int = 1, worker: int = 0, n_workers: int = 1) -> Iterator[ShardWriter]:
@@ -149,7 +167,7 @@ class GradientStore(Store):
             with writer.running():
                 yield writer
 
-    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, number: int, tensors: Mapping[str, Tensor | Rows]) -> None:
         """Writes one shard at once, in place of one that may be there; no other process may write here meanwhile."""
         self.manifest.check_tensors(number, tensors)
         with worker_lock(self.path, 0, 1):
@@ -162,15 +180,16 @@ class GradientStore(Store):
         file, parts = open_shard(self.path, self.manifest, number)
         with file:
             for name in names:
-                rows = torch.empty(parts[name].shape, dtype=self.dtype)
-                fill(file, data_path(self.path, number), parts[name], raw_bytes(rows))
-                result[name] = rows
+                rows = empty_rows(*parts[name].shape, self.dtype)
+                for key, tensor in zip((name, name + SCALES), rows.tensors(), strict=False):
+                    fill(file, data_path(self.path, number), parts[key], raw_bytes(tensor))
+                result[name] = rows.decoded()
         return result
 
-    def stream(
+    def stream_rows(
         self, *, shards: Iterable[int] | None = None, layers: Iterable[str] | None = None, prefetch: int = 4
-    ) -> Iterator[tuple[range, str, Tensor]]:
-        """Goes over shards in order, read ahead by a thread; a tensor is valid until ``prefetch`` more were taken."""
+    ) -> Iterator[tuple[range, str, Rows]]:
+        """Goes over shards in order, read ahead by a thread; rows are valid until ``prefetch`` more were taken."""
         if prefetch < 1:
             raise UsageError(f"prefetch={prefetch} of a gradient store's stream; expected at least 1")
         names, numbers = self.manifest.check_layers(layers), self._chosen_shards(shards)
@@ -184,7 +203,12 @@ class GradientStore(Store):
 
         Returns:
             What is wrong, by shard; empty when all is well.
+
+        Raises:
+            StoreError: The basis of a low-rank store is missing or damaged.
         """
+        if self.manifest.low_rank:
+            read_basis(self.path, self.manifest.low_rank["sha256"])
         numbers = tqdm(range(self.n_shards), desc="verify", unit="shard", disable=not progress, leave=False)
         found = (check_shard(self.path, self.manifest, number) for number in numbers)
         return [problem for problem in found if problem is not None]
@@ -235,13 +259,18 @@ class GradientStore(Store):
             stores[0].manifest.refuse_other(_read_manifest(folder), folder)
         # Checked before anything is written, and again by the copy itself where the destination has shards.
         plan = merge_stores({store.path: store._finished() for store in stores}, stores[0].manifest, allow_missing)
+        if stores[0].manifest.low_rank and not (folder / BASIS).exists():
+            content = read_basis(stores[0].path, stores[0].manifest.low_rank["sha256"])
+            with explained(folder / BASIS, len(content)):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_basis(folder, content)
         result = GradientStore(folder, _placed(folder, stores[0].manifest))
         with worker_lock(folder, 0, 1):
             result._clean(0, 1)
             plan.carry_out(folder, result._finished())
         return result
 
-    def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, number: int, tensors: Mapping[str, Tensor | Rows]) -> None:
         write_shard(self.path, self.manifest, number, tensors)
 
     def _clean(self, worker: int, n_workers: int) -> None:

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from grass_lib.errors import UsageError
+from grass_lib.store.formats import Rows
 from grass_lib.store.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
-_Job = tuple[int, Mapping[str, Tensor], Callable[[], None] | None]
+_Job = tuple[int, Mapping[str, Tensor | Rows], Callable[[], None] | None]
 
 
 class ShardWriter:
@@ -28,7 +29,7 @@ class ShardWriter:
     def __init__(
         self,
         manifest: Manifest,
-        write: Callable[[int, Mapping[str, Tensor]], None],
+        write: Callable[[int, Mapping[str, Tensor | Rows]], None],
         *,
         max_pending: int = 1,
         worker: int = 0,
@@ -59,12 +60,14 @@ class ShardWriter:
         self._closed = False
         self._changed = threading.Condition()
 
-    def submit(self, number: int, tensors: Mapping[str, Tensor], ready: Callable[[], None] | None = None) -> None:
+    def submit(
+        self, number: int, tensors: Mapping[str, Tensor | Rows], ready: Callable[[], None] | None = None
+    ) -> None:
         """Hands over a shard and waits until at most ``max_pending`` shards are unwritten, this one included.
 
         Args:
             number: The shard.
-            tensors: ``{layer: (rows, k_l)}`` in the store's dtype on the CPU.
+            tensors: ``{layer: (rows, k_l)}`` in the store's ``row_dtype`` on the CPU, or rows that are encoded already.
             ready: Called in the writer's thread before the tensors are read; it waits for whatever still fills them.
 
         Raises:

@@ -167,3 +167,62 @@ def test_queries(tmp_path):
         read_query(str(tmp_path / "binary"))
     with pytest.raises(UsageError, match="empty"):
         read_query("  ")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_rows_of_codes_are_cached_asked_and_mended(dtype, tmp_path, capsys):
+    assert cache(tmp_path, "--dtype", dtype) == 0
+    before = content(tmp_path)
+    assert main(["attribute", "--store", str(tmp_path), "--query", "abcd", "-k", "2", "-q"]) == 0
+    (tmp_path / "shard_00002.safetensors").write_bytes(before["shard_00002.safetensors"][:-1] + b"?")
+    assert main(["store", "repair", str(tmp_path), "-q"]) == 0
+    assert content(tmp_path) == before
+    capsys.readouterr()
+    assert main(["store", "info", str(tmp_path)]) == 0
+    assert f"k = 16 in all, {dtype}" in capsys.readouterr().out
+    assert cache(tmp_path, "--dtype", "float32") == 1
+    assert f"dtype is {dtype} there, float32 here" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("options", [["--dtype", "int8"], ["--rank", "3"], ["--rank", "2", "--dtype", "fp8"]])
+def test_a_store_is_compressed_asked_mended_and_compared(options, tmp_path, capsys):
+    cache(tmp_path / "whole")
+    words = ["store", "compress", str(tmp_path / "whole"), "--into", str(tmp_path / "small"), "-q", *options]
+    for worker in ("1/2", "0/2"):
+        assert main([*words, "--worker", worker]) == 0
+    assert "complete" in capsys.readouterr().out
+    before = content(tmp_path / "small")
+    assert main(["attribute", "--store", str(tmp_path / "small"), "--query", "abcd", "-k", "2", "-q"]) == 0
+    (tmp_path / "small" / "shard_00002.safetensors").write_bytes(before["shard_00002.safetensors"][:-1] + b"?")
+    assert main(["store", "verify", str(tmp_path / "small"), "-q"]) == 1
+    assert main(["store", "repair", str(tmp_path / "small"), "-q"]) == 0
+    assert content(tmp_path / "small") == before
+    capsys.readouterr()
+    assert main(["store", "info", str(tmp_path / "small")]) == 0
+    shown = capsys.readouterr().out
+    assert f"compressed from {(tmp_path / 'whole').resolve()}" in shown.replace("\n", "")
+    assert ("rank " in shown) == ("--rank" in options)
+    assert main(["store", "compare", str(tmp_path / "whole"), str(tmp_path / "small"), "--queries", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes_per_sample"] < 64
+    assert 0.5 < found["scores"] <= 1
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    GradientStore.open(tmp_path / "small").drop(1)
+    assert main(["store", "repair", str(tmp_path / "small"), "-q"]) == 1
+    assert "which is not there; put it back" in " ".join(capsys.readouterr().err.split())
+    assert main([*words[:2], str(tmp_path / "moved"), *words[3:]]) == 0, "said where it is now"
+    assert content(tmp_path / "small").keys() == before.keys()
+
+
+def test_wrong_compressions(tmp_path, capsys):
+    cache(tmp_path / "whole")
+    words = ["store", "compress", str(tmp_path / "whole"), "--into", str(tmp_path / "small"), "-q"]
+    for message, options in {
+        "--dtype is 'int4'; expected one of float32, bfloat16, float16, int8, fp8": ["--dtype", "int4"],
+        "float32 rows already": [],
+        "rank is 0": ["--rank", "0"],
+    }.items():
+        capsys.readouterr()
+        assert main([*words, *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "small").exists()

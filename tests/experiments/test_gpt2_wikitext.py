@@ -384,7 +384,7 @@ def test_pretrained_weights_from_a_folder(tmp_path, monkeypatch):
 def test_validate(tmp_path, monkeypatch):
     gpt2_wikitext.validate("embedded", PARAMETERS)
     wrong = {
-        **{"specs": "sjlt", "hessian": "GGN", "dtype": "float16", "batch_size": 0, "gallery": 7, "device": "tpu"},
+        **{"specs": "sjlt", "hessian": "GGN", "dtype": "int4", "batch_size": 0, "gallery": 7, "device": "tpu"},
         **{"n_lds_models": 1, "base": "none", "data": "validation+test", "masks": "energie"},
     }
     for name, value in wrong.items():

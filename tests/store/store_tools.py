@@ -1,4 +1,7 @@
-"""A small deterministic store that all tests here share. Also a program: ``store_tools.py FOLDER [KILL]`` writes it."""
+"""A small deterministic store that all tests here share.
+
+Also a program: ``store_tools.py FOLDER [KILL [DTYPE]]`` writes it.
+"""
 
 import os
 import random
@@ -35,7 +38,7 @@ def shard(store, number):
     """The rows of one shard, which follow from its number and the layer alone."""
     rows = len(store.shard_rows(number))
     return {
-        name: torch.randn(rows, size, generator=torch.Generator().manual_seed(1000 * number + size)).to(store.dtype)
+        name: torch.randn(rows, size, generator=torch.Generator().manual_seed(1000 * number + size)).to(store.row_dtype)
         for name, size in store.layers.items()
     }
 
@@ -104,7 +107,7 @@ def _kill_at(kind, count):
             return result
 
         Path.replace = rename
-    else:
+    elif kind != "none":
         threading.Thread(target=lambda: (time.sleep(count / 1000), _kill_self()), daemon=True).start()
 
 
@@ -113,7 +116,8 @@ def main():
         kind, count = sys.argv[2].split("=")
         _kill_at(kind, int(count))
     random.seed(0)
-    store = create(sys.argv[1], n_samples=24 * SHARD_SIZE - 3)
+    dtype = sys.argv[3] if len(sys.argv) > 3 else "bfloat16"
+    store = create(sys.argv[1], n_samples=24 * SHARD_SIZE - 3, dtype=dtype)
     numbers = fill(store)
     print("wrote", *numbers)
 

@@ -238,7 +238,7 @@ def test_wrong_plans_are_refused(tmp_path):
         "features of layer a of a gradient store is 0; expected a positive": {"layers": {"a": 0}},
         "n_samples of a gradient store is 0": {"n_samples": 0},
         "shard_size of a gradient store is 2.5": {"shard_size": 2.5},
-        "dtype torch.int8; expected one of float32, bfloat16, float16": {"dtype": torch.int8},
+        "dtype is torch.int16, .*expected one of float32, bfloat16, float16, int8, fp8": {"dtype": torch.int16},
         "fingerprint of a gradient store: .*expected JSON": {"fingerprint": {"a": torch.ones(1)}},
         "source of a gradient store: .*expected JSON": {"source": {"a": float("nan")}},
     }.items():
