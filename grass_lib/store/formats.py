@@ -158,8 +158,8 @@ def encode(rows: Tensor, dtype: torch.dtype) -> Rows:
         torch.amax(blocks.abs(), dim=2, out=top[:, :whole])
     if k % SCALE_BLOCK:
         torch.amax(values[:, whole * SCALE_BLOCK :].abs(), dim=1, out=top[:, whole])
-    scales = _rounded_up(top / largest, _FLOAT32_MAX / largest)
-    # Multiplied by the inverse would be faster, and not the same on every device.
+    # A GPU divides by a number by multiplying with its inverse, a CPU does not: this is one product on both.
+    scales = _rounded_up(top * (1.0 / largest), _FLOAT32_MAX / largest)
     wide = scales.float().repeat_interleave(SCALE_BLOCK, dim=1)[:, :k]
     codes = (values / wide).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     if dtype == torch.int8:

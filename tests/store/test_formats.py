@@ -246,3 +246,15 @@ def test_killed_writers_of_codes_go_on(tmp_path, name):
     subprocess.run([sys.executable, TOOLS, folder, "none=0", name], check=True)
     assert kills >= 4
     assert contents(folder) == contents(whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CODED)
+def test_a_gpu_has_the_same_bits(name):
+    rows = values(n=200, k=1000, seed=3)
+    rows[0, 0], rows[1, 999], rows[2] = torch.nan, torch.inf, 3.4e38
+    here, there = encode(rows, DTYPES[name]), encode(rows.cuda(), DTYPES[name])
+    assert torch.equal(there.codes.cpu().view(torch.int8), here.codes.view(torch.int8))
+    assert torch.equal(there.scales.cpu().view(torch.int16), here.scales.view(torch.int16))
+    assert torch.equal(there.decoded().cpu().view(torch.int32), here.decoded().view(torch.int32))
