@@ -1,0 +1,71 @@
+"""Selective masks beside random ones of the same pair, for every pair whose runs have both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from grass_lib.report.tables import Row, interval_text
+
+if TYPE_CHECKING:
+    from grass_lib.report.record import RunRecord
+
+_PROTOCOL = ("seed", "data", "base", "recipe", "hessian", "n_lds_models")
+"""Parameters that decide networks, queries and curvature; runs that differ in one are not compared."""
+_NONE = "No run at paper scale has a selective mask and a random one of the same size yet.\n"
+
+
+def mask_pairs(records: Iterable[RunRecord]) -> str:
+    """LDS of selective and of random masks, compression by compression.
+
+    The two rows come from the same networks and queries, though not always from one run; each is with its own best
+    damping. Studies that compare masks within one run (their rows name a way) have tables of their own.
+
+    Args:
+        records: Verified runs at paper scale.
+
+    Returns:
+        A Markdown table, or a sentence where there is nothing to compare.
+    """
+    lines = [
+        f"| {pair} | {selective['spec']} | {_lds(random)} | {_lds(selective)} | "
+        f"{selective['lds']['mean'] - random['lds']['mean']:+.3f} | {method} |"
+        for pair, selective, random, method in _pairs(list(records))
+    ]
+    if not lines:
+        return _NONE
+    header = "| Pair | Compression | LDS, random mask | LDS, selective mask | Difference | Mask chosen by |\n"
+    return header + "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _pairs(records: list[RunRecord]) -> Iterator[tuple[str, Row, Row, str]]:
+    seen: set[tuple[Any, ...]] = set()
+    for record in records:
+        for row in record.results:
+            key = (record.experiment, *_protocol(record), record.parameters.get("masks"), row.get("spec"))
+            if "selective" not in str(row.get("spec")) or "way" in row or not row.get("lds") or key in seen:
+                continue
+            twin = _twin(record, row, records)
+            if twin is not None:
+                seen.add(key)
+                yield record.experiment, row, twin, str(record.parameters.get("masks", ""))
+
+
+def _twin(record: RunRecord, row: Row, records: list[RunRecord]) -> Row | None:
+    wanted = row["spec"].replace("selective_", "random_")
+    # Its own run first: there everything is the same.
+    for other in (record, *records):
+        if other.experiment == record.experiment and _protocol(other) == _protocol(record):
+            for found in other.results:
+                same = found.get("spec") == wanted and found["attributor"] == row["attributor"] and "way" not in found
+                if same and found.get("lds"):
+                    return found
+    return None
+
+
+def _protocol(record: RunRecord) -> tuple[Any, ...]:
+    return tuple(record.parameters.get(name) for name in _PROTOCOL)
+
+
+def _lds(row: Row) -> str:
+    return f"{row['lds']['mean']:.3f} ({interval_text(row['lds'].get('interval'))})"
