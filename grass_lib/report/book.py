@@ -173,7 +173,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.interactive import published_figure_html
     from grass_lib.report.kernels import write_page_parts
     from grass_lib.report.ledger import ledger_rows
-    from grass_lib.report.mask_pairs import mask_pairs
+    from grass_lib.report.mask_pairs import mask_pairs, study_sentence
     from grass_lib.report.published import published_rows
     from grass_lib.report.recipes import recipe_section
     from grass_lib.report.scaling import write_scaling_parts
@@ -200,6 +200,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "headline.md").write_text(_headline(shown, pages, generated / "figures"), encoding="utf-8")
     (generated / "recipes.md").write_text(recipe_section(records), encoding="utf-8")
     (generated / "mask_pairs.md").write_text(mask_pairs(records), encoding="utf-8")
+    (generated / "mask_study.md").write_text(study_sentence(records), encoding="utf-8")
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)

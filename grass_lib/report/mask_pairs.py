@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from grass_lib.report.ledger import STUDIES
 from grass_lib.report.tables import Row, interval_text
 
 if TYPE_CHECKING:
@@ -36,6 +37,28 @@ def mask_pairs(records: Iterable[RunRecord]) -> str:
         return _NONE
     header = "| Pair | Compression | LDS, random mask | LDS, selective mask | Difference | Mask chosen by |\n"
     return header + "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def study_sentence(records: Iterable[RunRecord]) -> str:
+    """What the newest study found, in words: how many differences from a random mask are surely above or below zero.
+
+    Args:
+        records: Verified runs at paper scale.
+
+    Returns:
+        A sentence; empty where there is no study.
+    """
+    for record in records:
+        differences = (record.extra or {}).get("differences")
+        if record.experiment in STUDIES and differences:
+            above = sum(row["interval"][0] > 0 for row in differences)
+            below = sum(row["interval"][1] < 0 for row in differences)
+            return (
+                f"There, of {len(differences)} differences from a random mask (by method, k and sharing), {above} are "
+                f"above zero with their whole 95 % interval and {below} below it"
+                f"{'' if above else ': no way to choose coordinates predicts retraining better than a random mask'}.\n"
+            )
+    return ""
 
 
 def _pairs(records: list[RunRecord]) -> Iterator[tuple[str, Row, Row, str]]:

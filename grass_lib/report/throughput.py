@@ -78,7 +78,7 @@ def row_name(row: Mapping[str, Any]) -> str:
     if row["hessian"] == "eFIM":
         parts.append("curvature on the GPU")
     if row.get("fp8"):
-        parts.append("FP8 products")
+        parts.append("FP8 products (see the text)")
     if row["note"] and row["tokens_per_second"]:
         parts.append(row["note"])
     return "; ".join(parts)
@@ -122,7 +122,7 @@ def _short(row: Mapping[str, Any]) -> str:
         kind = "LoGra" if row["spec"].startswith("normal") else "FactGraSS" if "sjlt" in row["spec"] else row["spec"]
         name = f"ours, {kind}, {row['layers']} layers{', eFIM' if row['hessian'] == 'eFIM' else ''}"
     if row.get("fp8"):
-        name += ", FP8"
+        name += ", FP8 (see the text)"
     return name
 
 
@@ -182,7 +182,7 @@ def goal_table(result: Result) -> str:
     lines = ["| goal | limit | measured | verdict |", "| --- | --- | --- | --- |"]
     for goal in result["goals"]:
         sign = "at most" if goal["at_most"] else "at least"
-        verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.0%}"
+        verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.1%}"
         limit, found = (
             f"{value} {goal['unit']}".strip() for value in (f"{goal['limit']:g}", f"{goal['measured']:.4g}")
         )

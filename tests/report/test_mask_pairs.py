@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from grass_lib.report.mask_pairs import mask_pairs
+from grass_lib.report.mask_pairs import mask_pairs, study_sentence
 
 
 def row(spec, lds, **facts):
@@ -53,3 +53,16 @@ def test_a_compression_appears_once_by_method():
     ]
     found = lines(random, *again)
     assert [line.split(" | ")[-2:] for line in found] == [["+0.100", "learned |"], ["+0.300", "energy |"]]
+
+
+def study(*intervals):
+    return SimpleNamespace(experiment="mlp_masks", extra={"differences": [{"interval": pair} for pair in intervals]})
+
+
+def test_the_study_is_put_into_words():
+    assert study_sentence([SimpleNamespace(experiment="mlp_mnist", extra={})]) == ""
+    worse = study_sentence([study([-0.3, -0.1], [-0.2, 0.1])])
+    for part in ("of 2 differences", "0 are above", "1 below"):
+        assert part in worse
+    assert worse.endswith("better than a random mask.\n")
+    assert "no way to choose" not in study_sentence([study([0.1, 0.2])])
