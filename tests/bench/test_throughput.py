@@ -278,12 +278,12 @@ def test_the_page_says_what_fp8_does(tmp_path):
     result["fp8"] |= {"scored_rows": 64, "mean_spearman": 0.87654, "worst_spearman": 0.5}
     assert "0.8765" in fp8_scores.fp8_text(result, tmp_path)
     table = throughput.speed_table(result)
-    assert "225 layers; FP8 products | 4 | 24,000 | 2.40" in table
-    assert "FP8 products | 8 | failed: RuntimeError: x" in table
+    assert "225 layers; FP8 products (see the text) | 4 | 24,000 | 2.40" in table
+    assert "FP8 products (see the text) | 8 | failed: RuntimeError: x" in table
     assert throughput.split_table(result) == throughput.split_table(before)
     throughput.speed_figure(result)
     fast["note"] = "not compiled"
-    assert "FP8 products; not compiled | 4" in throughput.speed_table(result)
+    assert "FP8 products (see the text); not compiled | 4" in throughput.speed_table(result)
     scores = {"mean_spearman": 0.99, "worst_spearman": 0.98, "top_shared": 0.95}
     variant = {"name": "FP8 products", "mean_cosine": 0.97, "worst_mean_cosine": 0.9, "worst_layer": "z"}
     found = {
