@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grass_lib.errors import RecordError
+from grass_lib.report.results import read_result
 
 RESULT = "fp8_scores.json"
 _NO_ROWS = (
@@ -82,15 +81,7 @@ def load_scores(path: Path) -> dict[str, Any]:
     Raises:
         RecordError: It is not readable or has no variants.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(
-            f"{path.name} is not readable as JSON ({error}); run benchmarks/fp8_scores.py again"
-        ) from error
-    if not isinstance(found, dict) or not found.get("variants"):
-        raise RecordError(f"{path.name} has no variants; run benchmarks/fp8_scores.py again")
-    return found
+    return read_result(path, "variants", "python benchmarks/fp8_scores.py PATH")
 
 
 def _scores_text(path: Path) -> str:

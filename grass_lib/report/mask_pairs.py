@@ -19,8 +19,8 @@ _NONE = "No run at paper scale has a selective mask and a random one of the same
 def mask_pairs(records: Iterable[RunRecord]) -> str:
     """LDS of selective and of random masks, compression by compression.
 
-    The two rows come from the same networks and queries, though not always from one run; each is with its own best
-    damping. Studies that compare masks within one run (their rows name a way) have tables of their own.
+    The two rows come from the same queries and from networks of the same seeds, which another run trains anew; each is
+    with its own best damping. Studies that compare masks within one run (their rows name a way) have tables of their own.
 
     Args:
         records: Verified runs at paper scale.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grass_lib.errors import RecordError
+from grass_lib.report.results import read_result
 from grass_lib.report.scaling_plan import plan_table
 
 RESULT = "scaling.json"
@@ -25,16 +24,7 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         RecordError: It is missing or has no parts.
     """
-    path = folder / RESULT
-    if not path.is_file():
-        raise RecordError(f"{RESULT} is not in {folder.name}; `grass bench scaling --json PATH` writes it")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{path.name} is not readable as JSON ({error}); run `grass bench scaling` again") from error
-    if not isinstance(result, dict) or not result.get("parts"):
-        raise RecordError(f"{path.name} has no parts; run `grass bench scaling` again")
-    return result
+    return read_result(folder / RESULT, "parts", "grass bench scaling --json PATH")
 
 
 def device_sentence(result: Result) -> str:

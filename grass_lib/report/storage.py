@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grass_lib.errors import RecordError
 from grass_lib.report import throughput
 from grass_lib.report.plan import TOKENS, linear_layers, plan_rows
+from grass_lib.report.results import read_result
 
 RESULT = "store_formats.json"
 MODELS = ("llama-3.1-8b", "llama-3.1-70b")
@@ -38,17 +37,7 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         RecordError: It is missing, not readable or has no rows.
     """
-    path = folder / RESULT
-    remedy = "run `python benchmarks/store_formats.py` again"
-    if not path.is_file():
-        raise RecordError(f"{RESULT} is not in {folder.name}; {remedy}")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{path.name} is not readable as JSON ({error}); {remedy}") from error
-    if not isinstance(result, dict) or not result.get("rows"):
-        raise RecordError(f"{path.name} has no rows; {remedy}")
-    return result
+    return read_result(folder / RESULT, "rows", "python benchmarks/store_formats.py")
 
 
 def format_name(dtype: str, rank: int | str | None) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.errors import RecordError
 from grass_lib.report.figures import FORMATS, save_figure
 from grass_lib.report.fp8_scores import fp8_text
 from grass_lib.report.plan import plan_table
+from grass_lib.report.results import read_result
 from grass_lib.report.style import NEUTRAL, figure_style
 
 if TYPE_CHECKING:
@@ -39,18 +38,7 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         RecordError: It is missing or has no rows.
     """
-    path = folder / RESULT
-    if not path.is_file():
-        raise RecordError(f"{RESULT} is not in {folder.name}; `grass bench throughput --json PATH` writes it")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(
-            f"{path.name} is not readable as JSON ({error}); run `grass bench throughput` again"
-        ) from error
-    if not isinstance(result, dict) or not result.get("rows"):
-        raise RecordError(f"{path.name} has no rows; run `grass bench throughput` again")
-    return result
+    return read_result(folder / RESULT, "rows", "grass bench throughput --json PATH")
 
 
 def measured_rows(result: Result) -> list[Mapping[str, Any]]:

@@ -178,7 +178,7 @@ def test_the_page_says_what_was_not_measured(tmp_path):
     measured.mkdir()
     for wrong in ("{", "[]", '{"parts": {}}'):
         (measured / "scaling.json").write_text(wrong)
-        with pytest.raises(GrassError, match="run `grass bench scaling` again"):
+        with pytest.raises(GrassError, match="run `grass bench scaling --json PATH` again"):
             page.load(measured)
 
 

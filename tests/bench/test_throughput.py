@@ -253,7 +253,7 @@ def test_the_page_is_drawn_from_the_json(tmp_path):
         assert name.endswith(".svg") or f"_generated/{name}" in page
     for wrong in ("{", "[]", '{"rows": []}'):
         (measured / "throughput.json").write_text(wrong)
-        with pytest.raises(GrassError, match="run `grass bench throughput` again"):
+        with pytest.raises(GrassError, match="run `grass bench throughput --json PATH` again"):
             throughput.load(measured)
 
 

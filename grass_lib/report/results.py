@@ -1,0 +1,31 @@
+"""Results of benchmarks, as JSON files that pages are drawn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grass_lib.errors import RecordError
+
+
+def read_result(path: Path, holds: str, command: str) -> dict[str, Any]:
+    """Reads one.
+
+    Args:
+        path: The file, usually in ``book/measured``.
+        holds: Entry that must not be empty.
+        command: What writes the file.
+
+    Raises:
+        RecordError: It is missing, not readable, or the entry is not there.
+    """
+    if not path.is_file():
+        raise RecordError(f"{path.name} is not in {path.parent.name}; `{command}` writes it")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path.name} is not readable as JSON ({error}); run `{command}` again") from error
+    if not isinstance(result, dict) or not result.get(holds):
+        raise RecordError(f"{path.name} has no {holds}; run `{command}` again")
+    return result
