@@ -20,7 +20,7 @@ def mask_pairs(records: Iterable[RunRecord]) -> str:
     """LDS of selective and of random masks, compression by compression.
 
     The two rows come from the same queries and from networks of the same seeds, which another run trains anew; each is
-    with its own best damping. Studies that compare masks within one run (their rows name a way) have tables of their own.
+    with its own best damping. Studies that compare masks within one run (rows with a way) have their own.
 
     Args:
         records: Verified runs at paper scale.
