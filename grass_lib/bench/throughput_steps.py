@@ -95,9 +95,9 @@ def _reference_forward(name: str, module: Any, gradients: FactoredGradients, fou
 
     def compress(delta: Tensor, x: Tensor) -> Tensor:
         left = delta * len(delta)
-        left = left @ out.matrix.to(left.dtype) if out.matrix is not None else left
+        left = left @ out.matrix.to(left) if out.matrix is not None else left
         left = left.index_select(-1, out.index) if out.index is not None else left
-        right = x @ into.matrix.to(x.dtype) if into.matrix is not None else x
+        right = x @ into.matrix.to(x) if into.matrix is not None else x
         right = right.index_select(-1, into.index) if into.index is not None else right
         flat = torch.einsum("bsi,bsj->bij", left, right).flatten(1)
         if isinstance(second, SJLTProjector):

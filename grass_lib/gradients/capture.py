@@ -17,7 +17,7 @@ from grass_lib.errors import UsageError
 from grass_lib.gradients import inputs
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.gradients.meter import Meter, measured
-from grass_lib.gradients.sides import Side
+from grass_lib.gradients.sides import Side, applied_matrix, matrix_of
 from grass_lib.kernels.columns import KeptColumns, kept_columns
 
 NORMS = ("layernorm", "rmsnorm")
@@ -46,12 +46,14 @@ class LayerCapture:
             into: Map of the input side.
             dtype: Of the layer's weights, in which dense maps are applied.
         """
-        self.name, self.shape, self.out, self.into = name, shape, out, into
+        self.name, self.shape = name, shape
         self.size = out.k * into.k
-        columns = None if out.index is None else KeptColumns(out.index, out.d)
-        matrix = None if out.matrix is None else out.matrix.to(dtype)
-        self._tables: Tables = (out.index, None if columns is None else columns.places, matrix)
+        matrix = applied_matrix(out, dtype) if shape.kind in NORMS else matrix_of(out, dtype)
+        index = out.index if matrix is None else None
+        places = None if index is None else KeptColumns(index, out.d).places
+        self._tables: Tables = (index, places, matrix)
         self._into = inputs.InputSide(into, shape, dtype)
+        self.out, self.into = out.at_rest(dtype), into.at_rest(dtype)
 
     @property
     def scale(self) -> float:

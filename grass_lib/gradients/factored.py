@@ -300,15 +300,21 @@ class FactoredGradients:
         found = captured.gradients
         sides = {name: (left, captured.inputs[name]) for name in captured.inputs if (left := found[name]) is not None}
         done = self._together(sides) if self.dtype == torch.float32 else {}
-        others = self._scaled({name: self._finish(name, captured, n) for name in self.sizes if name not in done})
+        left = {name: pair for name, pair in sides.items() if name not in done}
+        products = self._together.products(left) if self.device.type == "cuda" else {}
+        others = self._scaled(
+            {name: self._finish(name, captured, n, products.get(name)) for name in self.sizes if name not in done}
+        )
         return {name: done[name] if name in done else others[name] for name in self.sizes}
 
-    def _finish(self, name: str, captured: Captured, n: int) -> Tensor:
-        """What is left of the contraction, and stage 2, of one layer."""
+    def _finish(self, name: str, captured: Captured, n: int, product: Tensor | None = None) -> Tensor:
+        """What is left of the contraction, unless its product is given, and stage 2, of one layer."""
         found, second = captured.gradients[name], self._stage2s[name]
         if found is None:
             return torch.zeros(n, self.sizes[name], device=self.device, dtype=self.dtype)
-        if name in captured.inputs:
+        if product is not None:
+            found = product
+        elif name in captured.inputs:
             found = self._captures[name].join(found, captured.inputs[name])
         return (found if second is None else second(found)).to(self.dtype)
 

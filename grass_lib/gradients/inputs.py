@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grass_lib.gradients.layers import LayerShape
-from grass_lib.gradients.sides import Side
+from grass_lib.gradients.sides import Side, applied_matrix, matrix_of
 from grass_lib.kernels.columns import KeptColumns
 
 
@@ -34,14 +34,15 @@ class InputSide:
         self.counts_tokens = shape.kind == "embedding" and side.is_identity
         self.padding: int | None = None
         self._kind, self._k = shape.kind, side.k
-        self._matrix = None if side.matrix is None else side.matrix.to(dtype)
+        linear = shape.kind in ("linear", "conv1d")
+        self._matrix = matrix_of(side, dtype, bias=shape.bias) if linear else applied_matrix(side, dtype)
         self._bias, self._dtype = shape.bias, dtype
         self._columns = self._places = None
         self._ones, self._kept = False, None
-        if side.index is not None:
+        if side.index is not None and self._matrix is None:
             self._ones = shape.bias and int(side.index[-1]) == side.d - 1
             self._columns = side.index[:-1] if self._ones else side.index
-            if shape.kind in ("linear", "conv1d"):
+            if linear:
                 self._kept = KeptColumns(self._columns, side.d - shape.bias, ones=self._ones)
             if shape.kind == "embedding":
                 self._places = torch.full((side.d,), -1, dtype=torch.int64, device=side.index.device)

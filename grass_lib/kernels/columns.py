@@ -11,6 +11,25 @@ _THREADS, _ROWS = 256, 16
 _ONE = {torch.float32: 0x3F800000, torch.float16: 0x3C00, torch.bfloat16: 0x3F80}
 # Elements that rows are padded to, so that each starts at a multiple of 16 bytes.
 _ALIGNED = 8
+WAYS = {"kernel": (float("inf"), 0.0), "scatter": (4.0, 0.0), "product": (float("inf"), float("inf"))}
+"""`KeptColumns.scatter_from` and `KeptColumns.product_to` that make one way the only one, for measurements."""
+
+
+def product_is_best(d: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kept columns are best taken by a product with a matrix of zeros and ones.
+
+    Where a sixteenth or more of the columns is kept, every sector of the memory is read anyhow, and a product reads
+    them at full speed. It is exact: tensor cores add zeros to one number. Only for finite half types on a GPU; products
+    of float32 cost more than they save.
+
+    Args:
+        d: Columns.
+        k: Kept ones.
+        dtype: Of the tensors.
+        device: Of the tensors.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and device.type == "cuda" and k % _ALIGNED == 0 and d <= KeptColumns.product_to * k
 
 
 class KeptColumns:
@@ -25,9 +44,11 @@ class KeptColumns:
         index: int64 ``(k,)``, ascending.
         ones: Whether a column of ones is appended.
         scatter_from: Columns per kept one from which elements are sent.
+        product_to: Columns per kept one up to which a product is best; see `product_is_best`.
     """
 
-    scatter_from = 4
+    scatter_from = 4.0
+    product_to = 16.0
 
     def __init__(self, index: Tensor, d: int, *, ones: bool = False) -> None:
         """Lays out the tables.
