@@ -85,10 +85,10 @@ def systems(
     json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/systems-SHAPE.json")] = None,
 ) -> None:
     """Runs `grass_lib.bench.systems.run` and shows its table."""
-    from grass_lib.bench.systems import run, summary, write
+    from grass_lib.bench.systems import run, summary
 
-    result = run(shape, device=device, systems=only, tokens=tokens, repeats=repeats, python=python)
-    write(result, json or Path(f"runs/bench/systems-{shape}.json"))
+    out = json or Path(f"runs/bench/systems-{shape}.json")
+    result = run(shape, device=device, systems=only, tokens=tokens, repeats=repeats, python=python, out=out)
     typer.echo(summary(result))
 
 

@@ -128,6 +128,7 @@ def run(
     folder: Path | None = None,
     timeout: float = 3600.0,
     repeats: int = 1,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Measures one shape; a system that fails leaves its error in the result, and the others go on.
 
@@ -140,6 +141,8 @@ def run(
         folder: Where stores go while they are measured; None for a temporary folder.
         timeout: Seconds for each set of options.
         repeats: How often each is measured, in turn.
+        out: Where the JSON goes after every row, so that a run that is cut off keeps what it measured; None for
+            nowhere.
 
     Returns:
         What `write` stores.
@@ -185,9 +188,11 @@ def run(
                 logger.info("%s (%d of %d)", options.label, number + 1, repeats)
                 home = None if folder is None else folder / f"{name}-{len(result['rows'])}"
                 result["rows"].append(_measure(name, workload, options, runner, home, timeout, number))
-    claim = throughput_percent_faster(result["rows"])
-    if claim is not None:
-        result["throughput_percent_faster"] = claim
+                claim = throughput_percent_faster(result["rows"])
+                if claim is not None:
+                    result["throughput_percent_faster"] = claim
+                if out is not None:
+                    write(result, out)
     return result
 
 
@@ -283,8 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python=given.python,
         timeout=given.timeout,
         repeats=given.repeats,
+        out=given.json or Path(f"runs/bench/systems-{given.shape}.json"),
     )
-    write(result, given.json or Path(f"runs/bench/systems-{given.shape}.json"))
     sys.stdout.write(summary(result) + "\n")
     return 0
 
