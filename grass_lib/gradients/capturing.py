@@ -68,7 +68,10 @@ class CapturedGraphs:
             else:
                 failure = None
             try:
-                graph.capture_end()
+                with warnings.catch_warnings():
+                    if failure is not None:
+                        warnings.simplefilter("ignore")  # that nothing was recorded is no news then
+                    graph.capture_end()
             except RuntimeError as error:
                 _tidy(graph, pool, index, random)
                 failure = failure or error

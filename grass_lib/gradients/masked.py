@@ -129,6 +129,11 @@ class MaskedGradients:
         return self._history.calls
 
     @property
+    def recorded(self) -> int:
+        """How many shapes of micro-batches are recorded as CUDA graphs by now."""
+        return 0 if self._recordings is None else len(self._recordings)
+
+    @property
     def routes(self) -> dict[str, str]:
         """By parameter with kept coordinates: "layer", or "general" where its whole gradient is formed."""
         return {name: "general" if name in self._general else "layer" for name in self._parts}

@@ -95,6 +95,10 @@ class Recordings:
         self._device, self.shared, self._capture, self._waits = device, shared, capture, waits
         self._forget()
 
+    def __len__(self) -> int:
+        """How many shapes are recorded."""
+        return len(self._made)
+
     def renewed(self) -> Recordings:
         """Recordings of another step of the same model."""
         return Recordings(self._device, self.shared, self._capture, self._waits)
