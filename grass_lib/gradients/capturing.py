@@ -59,9 +59,9 @@ class CapturedGraphs:
         index = torch.cuda.current_device()
         random = torch.cuda.default_generators[index].get_state()
         with torch.cuda.stream(self._stream):
-            # Other threads, such as one that pins memory for a loader, go on meanwhile.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
+                # Other threads, such as one that pins memory for a loader, go on meanwhile.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 step()
             except Exception as error:  # noqa: BLE001 - whatever it is, the capture has to end; it is raised below
                 failure: Exception | None = error
