@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 from grass_lib.errors import GrassError
-from grass_lib.gradients import MaskedGradients, PerSampleGradients, margin
+from grass_lib.gradients import MaskedGradients, PerSampleGradients, margin, masked_graph
 from grass_lib.gradients.masked_graph import Recordings, Shared, StaticState
 from grass_lib.gradients.masked_pass import RowWriter
 from grass_lib.gradients.state import ModelState, copy_onto
@@ -223,6 +223,17 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_named_once(graphs, reason,
     assert reason in warning.getMessage()
     assert graphs.replayed <= 1
     assert gradients._recordings.shared.static is None
+
+
+@pytest.mark.parametrize("compared", [1, 70, 1 << 18])
+def test_a_difference_in_one_row_is_seen_however_rows_are_compared(compared, monkeypatch):
+    monkeypatch.setattr(masked_graph, "_COMPARED", compared)
+    wanted = torch.randn(6, 50)
+    found = wanted.clone()
+    wanted[2, 3] = found[2, 3] = torch.nan
+    assert masked_graph._same(found, wanted)
+    found[5, 7] += 0.1
+    assert not masked_graph._same(found, wanted)
 
 
 def test_under_deterministic_algorithms_a_replay_gives_the_same_bits():
