@@ -1,4 +1,4 @@
-"""A step recorded once as a CUDA graph and replayed: hundreds of short kernels cost one launch."""
+"""Steps recorded once as CUDA graphs and replayed: hundreds of short kernels cost one launch."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class RecordedStep:
 
     def __call__(self, samples: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The step's results for another batch of the same shapes; they are the caller's own."""
-        for own, given in zip(_tensors(self._inputs), _tensors(samples), strict=True):
+        for own, given in zip(tensors_of(self._inputs), tensors_of(samples), strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
         rows = {
             name: torch.empty_like(part, memory_format=torch.contiguous_format) for name, part in self._rows.items()
         }
-        torch._foreach_copy_(list(rows.values()), list(self._rows.values()))
+        torch._foreach_copy_(list(rows.values()), list(self._rows.values()))  # pyright: ignore[reportPrivateImportUsage]
         return rows, self._values.clone()
 
 
@@ -76,7 +76,7 @@ def _peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _tensors(samples: Batch) -> list[Tensor]:
+def tensors_of(samples: Batch) -> list[Tensor]:
     """Tensors of a batch in an order that does not depend on how it was put together."""
     return [samples[name] for name in sorted(samples)] if isinstance(samples, Mapping) else list(samples)
 
@@ -84,4 +84,5 @@ def _tensors(samples: Batch) -> list[Tensor]:
 def shapes_of(samples: Batch) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     """What a recorded step is bound to: names, shapes and types of a batch."""
     names = sorted(samples) if isinstance(samples, Mapping) else [str(place) for place in range(len(samples))]
-    return tuple((name, tuple(value.shape), value.dtype) for name, value in zip(names, _tensors(samples), strict=True))
+    tensors = tensors_of(samples)
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in zip(names, tensors, strict=True))

@@ -13,8 +13,9 @@ from grass_lib.errors import UsageError
 from grass_lib.gradients.coordinates import KeptPart, check_indices, split_coordinates
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to, check_finite
 from grass_lib.gradients.masked_formulas import masked_layer
+from grass_lib.gradients.masked_graph import Recordings, Shared
 from grass_lib.gradients.masked_layers import MaskedLayer
-from grass_lib.gradients.masked_pass import Found, MaskedPass
+from grass_lib.gradients.masked_pass import Found, MaskedPass, RowWriter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import ModelState, ParameterFilter, evaluating
 from grass_lib.kernels import nvrtc
@@ -36,6 +37,18 @@ class MaskedGradients:
     general way. `routes` shows it and a warning is logged. Modules used twice add up, tied weights too, unused ones
     give zeros. The model is left as it is found, also after an exception.
 
+    On a GPU the pass is hundreds of short kernels, and Python is slower than they are. A micro-batch whose shape comes
+    for the second time is therefore recorded as a CUDA graph, and replayed from the third on, for any checkpoint: its
+    weights and buffers are copied into those that the recording reads. At most four shapes are recorded, with settings
+    such as TF32 as part of the shape; the last, smaller micro-batch of a walk runs as it is until it recurs. The first
+    replay must give what the pass gives. A model that waits for the device, or a parameter that goes the general way,
+    leaves everything as it is, the former with a warning. What is recorded is what the GPU does: a model whose forward
+    depends on anything else that changes between calls, such as attributes of Python, tensors that are no registered
+    buffers, or hooks, needs ``graph=False``.
+
+    Recordings hold the memory of one pass (they share it), one copy of the weights, and the rows and inputs of each
+    micro-batch until this object is gone; with `keeping` only the copy of the weights is shared.
+
     Attributes:
         p: Number of weights that are differentiated: the length of a full row.
         k: Number of kept coordinates: the length of a row here.
@@ -56,6 +69,7 @@ class MaskedGradients:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         backend: SampledBackend = "torch",
+        graph: bool = True,
     ) -> None:
         """Sets the gradients up; nothing is computed yet.
 
@@ -69,6 +83,7 @@ class MaskedGradients:
             device: Where to compute; None for the device of the model's parameters.
             dtype: Of the rows, float32 or float64; half types are added in float32.
             backend: "torch" anywhere, or "kernel" on a CUDA GPU, for activations up to float32.
+            graph: Records passes as CUDA graphs where their shapes recur. Ignored on a CPU.
 
         Raises:
             UsageError: If an argument is out of range.
@@ -88,12 +103,13 @@ class MaskedGradients:
             raise UsageError(f"backend='kernel' cannot run: {reason}. Use backend='torch'.")
         self.backend: SampledBackend = backend
         self._history = _History()
+        self._recordings = Recordings(self.device, Shared()) if graph and self.device.type == "cuda" else None
         self._take(indices)
 
     def keeping(self, indices: Tensor) -> MaskedGradients:
         """The same gradients at other coordinates.
 
-        What was found out about the model, and the count of its calls, are shared.
+        What was found out about the model, and the count of its calls, are shared; recordings are not.
 
         Args:
             indices: As at construction.
@@ -103,6 +119,7 @@ class MaskedGradients:
         """
         other = object.__new__(MaskedGradients)
         other.__dict__.update(self.__dict__)
+        other._recordings = None if self._recordings is None else self._recordings.renewed()
         other._take(indices)
         return other
 
@@ -110,6 +127,11 @@ class MaskedGradients:
     def model_calls(self) -> int:
         """How often the model has been run so far."""
         return self._history.calls
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes of micro-batches are recorded as CUDA graphs by now."""
+        return 0 if self._recordings is None else len(self._recordings)
 
     @property
     def routes(self) -> dict[str, str]:
@@ -161,6 +183,8 @@ class MaskedGradients:
             )
         values = torch.empty(n, device=self.device, dtype=self.dtype)
         step = self.micro_batch or max(n, 1)
+        if self._recordings is not None:
+            self._recordings.begin()
         with evaluating(self.model), torch.no_grad():
             for start in range(0, n, step):
                 stop = min(start + step, n)
@@ -169,33 +193,48 @@ class MaskedGradients:
         return out, values
 
     def _fill(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> None:
+        recordings = self._recordings
+        if recordings is None or not recordings.recurs(samples) or not self._settled(len(rows)):
+            self._fill_as_it_is(state, samples, rows, values)
+        elif recordings(state, samples, rows, values, eager=self._fill_as_it_is, step=self._fill_by_layers):
+            self._history.calls += 1
+
+    def _settled(self, n: int) -> bool:
+        """Whether nothing is left to be found out about the model, and layers give all that is asked for."""
+        # A single sample has no mates: whether samples mix shows in the first batch of several.
+        known = self._history.samples if n > 1 else self._history.weights
+        return bool(self._layers) and not self._general and self._layers.keys() <= known
+
+    def _fill_as_it_is(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> bool:
+        """Fills one micro-batch; returns whether all of it was filled by layers."""
         n, done = len(rows), False
-        rows.zero_()
         while self._layers and not done:
-            # A single sample has no mates: whether samples mix shows in the first batch of several.
             known = self._history.samples if n > 1 else self._history.weights
             check = not self._layers.keys() <= known
             self._history.calls += 1
             found = self._pass(state, self.output, samples, n, check=check)
-            if not found.problems and not found.mixed and found.values is not None:
-                done = True
-                values.copy_(found.values)
-                self._write(found.gradients, rows)
+            done = self._put(found, rows, values)
+            if done:
                 self._history.weights.update(self._layers)
                 self._history.samples.update(self._layers if n > 1 else ())
             else:
                 self._demote(found)
         if self._general or not done:
             self._fill_generally(state, samples, rows, values)
+            return False
+        return True
 
-    def _write(self, gradients: dict[str, Tensor | None], rows: Tensor) -> None:
-        for name, gradient in gradients.items():
-            if gradient is None:
-                continue
-            begin = 0
-            for part in self._layers[name].parts.values():
-                rows[:, part.columns] += gradient[:, begin : begin + len(part.local)]
-                begin += len(part.local)
+    def _fill_by_layers(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> bool:
+        """Fills one micro-batch by layers alone; returns whether that was possible."""
+        return self._put(self._pass(state, self.output, samples, len(rows), check=False), rows, values)
+
+    def _put(self, found: Found, rows: Tensor, values: Tensor) -> bool:
+        """Writes what a pass gave, where it gave something."""
+        if found.problems or found.mixed or found.values is None:
+            return False
+        values.copy_(found.values)
+        self._write(found.gradients, rows)
+        return True
 
     def _fill_generally(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> None:
         chosen = self._general or set(self._parts)
@@ -218,6 +257,8 @@ class MaskedGradients:
     def _demote(self, found: Found) -> None:
         """Sends parameters the general way."""
         history = self._history
+        # Recordings read tables of the layers, which are about to be made anew.
+        self._recordings = None if self._recordings is None else self._recordings.renewed()
         if found.problems:
             for layer, reason in found.problems.items():
                 names = {part.name for part in self._layers[layer].parts.values()}
@@ -265,7 +306,7 @@ class MaskedGradients:
                 if left and made is not None:
                     layers[module_name] = made
         self._layers, self._general = layers, general
-        self._pass = MaskedPass(self.model, layers)
+        self._pass, self._write = MaskedPass(self.model, layers), RowWriter(layers, self.k)
 
 
 class _History:

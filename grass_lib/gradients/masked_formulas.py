@@ -27,6 +27,7 @@ class MaskedEmbedding(MaskedLayer):
         # Where the coordinates of a token begin (those of padding are there and never reached), and how many it has.
         self._starts = torch.searchsorted(tokens, torch.arange(self._vocabulary)).to(self.device)
         self._counts, self._most = counts.to(self.device), int(counts.max())
+        self._along = torch.arange(self._most, device=self.device)
         self._features = (self._weight % width).to(self.device)
 
     def fits(self, x: Tensor, y: Tensor, n: int) -> bool:
@@ -42,21 +43,20 @@ class MaskedEmbedding(MaskedLayer):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _some(self, delta: Tensor, ids: Tensor) -> Tensor:
-        n, length = ids.shape
-        times = self._counts[ids.flatten()]
-        # One entry for every token of the batch and every kept coordinate of it.
-        token = torch.repeat_interleave(torch.arange(n * length, device=ids.device), times)
-        within = torch.arange(len(token), device=ids.device) - (times.cumsum(0) - times)[token]
-        column = self._starts[ids.flatten()[token]] + within
-        values = wide(delta.reshape(n * length, -1)[token, self._features[column]])
-        out = torch.zeros(n * self.size, device=delta.device, dtype=values.dtype)
-        place = token // length * self.size + column
+        # As many entries for every token as the token with most kept coordinates has: how many there really are, the
+        # host could only learn by waiting for the device. Those too many add zeros to what follows.
+        columns = (self._starts[ids][..., None] + self._along).clamp(max=len(self._features) - 1)
+        there = self._along < self._counts[ids][..., None]
+        values = wide(delta.gather(2, self._features[columns])).masked_fill(~there, 0)
+        rows = torch.arange(len(ids), device=ids.device)[:, None, None] * self.size
+        values, place = values.flatten(), (columns + rows).flatten()
+        out = torch.zeros(len(ids) * self.size, device=delta.device, dtype=values.dtype)
         if out.is_cuda:
             # Sorts before it adds: no float atomics, unlike index_add_.
             out.index_put_((place,), values, accumulate=True)
         else:
             out.index_add_(0, place, values)
-        return out.view(n, self.size)
+        return out.view(len(ids), self.size)
 
 
 class MaskedBatchNorm(MaskedLayer):
@@ -72,10 +72,15 @@ class MaskedBatchNorm(MaskedLayer):
     def rows(self, delta: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """The kept coordinates, see `MaskedLayer.rows`."""
         x, mean, variance = kept
-        centre, spread = mean[self._weight_rows], variance[self._weight_rows]
-        normal = wide(_channels(x, self._weight_rows)) - wide(centre)[:, None]
-        weight = _channels(delta, self._weight_rows) * normal * torch.rsqrt(wide(spread) + self._eps)[:, None]
-        return torch.cat([weight.sum(dim=2), wide(_channels(delta, self._bias_rows)).sum(dim=2)], dim=1)
+        parts = []
+        if len(self._weight):
+            centre, spread = mean[self._weight_rows], variance[self._weight_rows]
+            normal = wide(_channels(x, self._weight_rows)) - wide(centre)[:, None]
+            weight = _channels(delta, self._weight_rows) * normal * torch.rsqrt(wide(spread) + self._eps)[:, None]
+            parts.append(weight.sum(dim=2))
+        if len(self._bias):
+            parts.append(wide(_channels(delta, self._bias_rows)).sum(dim=2))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class MaskedGroupNorm(MaskedLayer):

@@ -152,7 +152,20 @@ class MaskedConvolution(MaskedLayer):
         """The kept coordinates, see `MaskedLayer.rows`."""
         positions, x, delta = delta.shape[2:], kept[0], delta.flatten(2)
         if self._kernel:
-            return sampled_product(delta, self._padded(x), self._table, tuple(positions), self._stride, self._dilation)
+            # Some samples at a time, so that padded inputs are read while they are in the cache and take little memory.
+            step = max(1, scratch_elements(x.device) // max(1, x[0].numel())) if any(self._pads) else len(x)
+            found = [
+                sampled_product(
+                    delta[lo : lo + step],
+                    self._padded(x[lo : lo + step]),
+                    self._table,
+                    tuple(positions),
+                    self._stride,
+                    self._dilation,
+                )
+                for lo in range(0, len(x), step)
+            ]
+            return found[0] if len(found) == 1 else torch.cat(found)
         parts = []
         if self._order is not None:
             # Some samples at a time: a shifted view has to be copied before rows of it can be gathered.

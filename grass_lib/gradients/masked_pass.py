@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from grass_lib.gradients.masked_layers import MaskedLayer
 from grass_lib.gradients.outputs import Batch, Output
-from grass_lib.gradients.state import ModelState
+from grass_lib.gradients.state import ModelState, copy_onto
 
 
 @dataclass
@@ -42,6 +42,8 @@ class MaskedPass:
     def __init__(self, model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
         """Takes the model and its layers by module name; the model is not touched."""
         self._model, self._layers = model, layers
+        modules = dict(model.named_modules())
+        self._modules = {name: modules[name] for name in layers}
 
     def __call__(self, state: ModelState, output: Output, samples: Batch, n: int, *, check: bool) -> Found:
         """One pass; the model is in evaluation mode.
@@ -54,7 +56,7 @@ class MaskedPass:
             check: Looks, at the price of a second backward pass, for weights that are used beside their layer and for
                 samples that influence each other.
         """
-        run = _Run(n, state, self._model, self._layers, check)
+        run = _Run(n, state, self._model, self._modules, self._layers, check)
         with torch.enable_grad():
             with ExitStack() as stack:
                 run.hook(stack)
@@ -75,9 +77,15 @@ class _Run:
     """The moving parts of one pass."""
 
     def __init__(
-        self, n: int, state: ModelState, model: nn.Module, layers: Mapping[str, MaskedLayer], check: bool
+        self,
+        n: int,
+        state: ModelState,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        layers: Mapping[str, MaskedLayer],
+        check: bool,
     ) -> None:
-        self.n, self.layers, self.check = n, layers, check
+        self.n, self.modules, self.layers, self.check = n, modules, layers, check
         self.problems: dict[str, str] = {}
         self.mixed = False
         self.inputs: list[Tensor] = []
@@ -87,12 +95,12 @@ class _Run:
         zero = torch.zeros(1, device=next(iter(weights.values())).device, dtype=wide)
         self.probes = {name: zero.expand(n, layer.size).requires_grad_() for name, layer in layers.items()}
         # Cloned, so that a forward pass that counts in a buffer changes a copy.
-        buffers = {name: value.clone() for name, value in state.buffers.items()}
+        buffers = {name: torch.empty_like(value) for name, value in state.buffers.items()}
+        copy_onto(list(buffers.values()), list(state.buffers.values()))
         self.owners = {part.name: name for name, layer in layers.items() for part in layer.parts.values()}
         if check:
             weights.update({name: weights[name].detach().requires_grad_() for name in self.owners})
         self.weights = weights
-        self.modules = dict(model.named_modules())
 
         def call(*args: Any, **kwargs: Any) -> Tensor:
             return functional_call(model, (weights, buffers), args, kwargs)
@@ -179,3 +187,45 @@ class _Hand(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         return gradients[0], ctx.layer.rows(gradients[0], kept), None, *(None for _ in kept)
+
+
+class RowWriter:
+    """Puts the kept coordinates of layers where they belong in rows of all kept coordinates."""
+
+    def __init__(self, layers: Mapping[str, MaskedLayer], k: int) -> None:
+        """Looks at where the layers' coordinates lie.
+
+        Args:
+            layers: By module name.
+            k: Length of a row.
+        """
+        self._layers = layers
+        follows, end = [], 0
+        for layer in layers.values():
+            for part in layer.parts.values():
+                follows.append(part.first == end)
+                end += len(part.local)
+        # Where every column belongs to one layer, and layers follow each other, rows are joined by one launch.
+        self._joins = all(follows) and end == k
+
+    def __call__(self, gradients: Mapping[str, Tensor | None], rows: Tensor) -> None:
+        """Writes; columns of no layer become zeros.
+
+        Args:
+            gradients: By layer, as `Found` has them.
+            rows: Is written to, ``(n, k)``.
+        """
+        if self._joins:
+            found = (gradients[name] for name in self._layers)
+            sizes = (layer.size for layer in self._layers.values())
+            parts = [rows.new_zeros(len(rows), m) if one is None else one for one, m in zip(found, sizes, strict=True)]
+            torch.cat(parts, dim=1, out=rows)
+            return
+        rows.zero_()
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            begin = 0
+            for part in self._layers[name].parts.values():
+                rows[:, part.columns] += gradient[:, begin : begin + len(part.local)]
+                begin += len(part.local)

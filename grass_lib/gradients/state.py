@@ -1,6 +1,6 @@
 """The weights of one checkpoint, laid out for a functional call, and the model kept as it was found."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,23 @@ class ModelState:
     trainable: dict[str, Tensor]
     fixed: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+
+def copy_onto(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies tensors onto others of the same shapes, on a GPU with few launches.
+
+    Args:
+        targets: Are written to.
+        sources: One for each.
+    """
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        mine, given = by_type.setdefault(target.dtype, ([], []))
+        mine.append(target)
+        given.append(source)
+    with torch.no_grad():
+        for mine, given in by_type.values():
+            torch._foreach_copy_(mine, given)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager
