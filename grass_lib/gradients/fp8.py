@@ -79,7 +79,8 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(m, k)`` in e4m3, contiguous, and the scales ``(m, 1)`` in float32 that it is to be multiplied with.
     """
-    scales = x.abs().amax(dim=1, keepdim=True).float().clamp_min(_TINY) / LARGEST
+    # By the reciprocal: PyTorch divides by a number so on GPUs, not on CPUs, and a last bit decides half-way cases.
+    scales = x.abs().amax(dim=1, keepdim=True).float().clamp_min(_TINY) * (1.0 / LARGEST)
     values = (x.float() / scales).clamp(-LARGEST, LARGEST).to(FLOAT8)
     return values.contiguous(), scales
 
@@ -99,7 +100,9 @@ def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     # Row-wise scales come with results in bfloat16; fast sums are the only fast kernels that such scales have.
     multiply: Any = _multiplied if x.is_cpu else torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
     found = multiply(values, weight.t(), own, scales, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return found.to(x.dtype)
+    # Not found.to(...) always: to its own type that is the same tensor under a second name, and where PyTorch 2.11
+    # compiles an autograd function, an output with two names gets zeros for its gradient (pytorch/pytorch#180642).
+    return found if found.dtype == x.dtype else found.to(x.dtype)
 
 
 def _multiplied(

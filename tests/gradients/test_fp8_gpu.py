@@ -47,8 +47,8 @@ def test_products_are_those_of_the_cpu(m):
     ):
         wanted = fp8.product(given, table, scales).float()
         found = fp8.product(given.cuda(), *mine).cpu().float()
-        # Fast sums of the hardware keep about 14 bits.
-        assert (found - wanted).norm() < 0.01 * wanted.norm()
+        # Fast sums of the hardware keep about 14 bits, and cut what is below after every 32 of the 4096 numbers.
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_compiled_blocks_in_bfloat16():
@@ -71,12 +71,13 @@ def test_compiled_blocks_in_bfloat16():
 def test_weights_in_fp8_take_the_place_of_the_others():
     model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(8)))
     model = model.bfloat16().cuda().requires_grad_(False)
-    torch.cuda.synchronize()
+    names, weights = [str(number) for number in range(8)], sum(weight.nbytes for weight in model.parameters())
+    # Differences: whatever ran before may hold memory, workspaces of cuBLAS for one.
     before = torch.cuda.memory_allocated()
-    with fp8.fp8_products(model, [str(number) for number in range(8)]):
-        assert torch.cuda.memory_allocated() < 1.02 * before
-    assert torch.cuda.memory_allocated() < 1.02 * before
-    with fp8.fp8_products(model, [str(number) for number in range(8)], keep_weights=True):
-        assert torch.cuda.memory_allocated() > 1.9 * before
+    with fp8.fp8_products(model, names):
+        assert torch.cuda.memory_allocated() - before < 0.02 * weights
+    assert torch.cuda.memory_allocated() - before < 0.02 * weights
+    with fp8.fp8_products(model, names, keep_weights=True):
+        assert torch.cuda.memory_allocated() - before > 0.9 * weights
     with pytest.raises(UsageError, match="trainable"), fp8.fp8_products(model.requires_grad_(True), ["0"]):
         pass
