@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -240,27 +237,6 @@ def check_compile(compile: Compile, deterministic: bool) -> None:
                 "torch._inductor.config.max_autotune is on, which chooses kernels by timing them; expected it off with "
                 "deterministic=True"
             )
-
-
-@contextmanager
-def reproducible(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Asks for deterministic kernels on a GPU and restores what was asked for before."""
-    if not wanted or device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        # cuBLAS asks for a setting that matters where several streams share one workspace; here each has its own.
-        warnings.filterwarnings("ignore", message=".*(?:CUBLAS_WORKSPACE_CONFIG|deterministic).*")
-        try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            memory.fill_uninitialized_memory = False
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            memory.fill_uninitialized_memory = filled
 
 
 def _host_shard(store: Store, device: torch.device) -> dict[str, Rows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass_lib.attribution.caching import ShardCache, check_compile, check_order, reproducible
+from grass_lib.attribution.caching import ShardCache, check_compile, check_order
 from grass_lib.attribution.curvature import Curvature, reduce_curvature
 from grass_lib.attribution.origin import KeptStore
 from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose, primal_layers
 from grass_lib.attribution.ranking import TopK, TopKMerge
 from grass_lib.attribution.scoring import Scorer, clocked
 from grass_lib.attribution.solve import damping_grid
+from grass_lib.deterministic import deterministic_kernels, is_deterministic
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
 from grass_lib.gradients.full import batch_size, batch_to
@@ -108,7 +110,7 @@ class InfluenceFunction:
             shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 (or that of
                 the store that is there).
             deterministic: Asks for deterministic kernels while caching on a GPU, so that a run that was killed ends
-                with the same bits.
+                with the same bits; attention then takes a little longer.
             compile: Compiles the pass over the training set, and records it on a GPU; ``"blocks"`` compiles one block
                 of a model of many equal ones and records nothing, for large models.
             precision: ``"mixed"`` sums and multiplies in float32 and decomposes in float64; the other two do everything
@@ -159,6 +161,7 @@ class InfluenceFunction:
         self.spec, self.sizes, self.k = self._gradients.spec, self._gradients.sizes, self._gradients.k
         self.include_head, self.device = self._gradients.include_head, self._gradients.device
         dtype = parse_dtype(dtype)
+        self._strict: bool | None = None
         self.dtype, self.deterministic, self._progress = dtype, deterministic, progress and self._ranks.rank == 0
         self._kept = KeptStore(
             self._gradients,
@@ -240,17 +243,23 @@ class InfluenceFunction:
         with self._ranks.together("caching"):
             if missing or idle:
                 self._gradients.compiled_size = size
+                self._settle(first)
                 self._fill(cache, store, chain([first], batches), worker=worker, n_workers=n_workers, idle_passes=idle)
         if curvature is not None:
             with clocked(self.timings, "curvature", self.device):
                 reduce_curvature(curvature, list(store.layers), self._ranks)
         self._curvature = curvature
 
+    def _settle(self, batch: Batch) -> None:
+        """Finds out, once and by a pass whose results nobody needs, how strictly kernels can be deterministic."""
+        if self.deterministic and self._strict is None and self.device.type == "cuda":
+            self._strict = is_deterministic(self.device, lambda: self._gradients(batch))
+
     def _fill(self, cache: ShardCache, store: Store, batches: Iterable[Batch], **work: int) -> None:
         """Computes a worker's missing shards, and keeps the time."""
         before = self._gradients.timings
         with (
-            reproducible(self.device, self.deterministic),
+            deterministic_kernels(self.device, strict=bool(self._strict)) if self.deterministic else nullcontext(),
             progress_bar(store.n_samples, "gradients", self._progress) as bar,
         ):
             cache.run(batches, bar, **work)

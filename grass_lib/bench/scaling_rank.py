@@ -16,11 +16,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grass_lib.attribution.caching import reproducible
 from grass_lib.attribution.influence import InfluenceFunction
 from grass_lib.bench.scaling_curvature import sums
 from grass_lib.bench.scaling_launch import keep, result_path
 from grass_lib.bench.scaling_shapes import DAMPING, Plan, Work
+from grass_lib.deterministic import deterministic_kernels
 from grass_lib.experiments.models.llama import llama_config, random_llama
 from grass_lib.gradients.head import chunked_causal_loss
 from grass_lib.gradients.language import causal_loss
@@ -191,7 +191,7 @@ class Rank:
         size = max(1, self._work.batch // 4)
         queries = Batches(self._work, self._work.queries, 2, size, device=self._device)
         start = clock(self._device)
-        with reproducible(self._device, True):
+        with deterministic_kernels(self._device):
             scores = influence.attribute(queries, DAMPING)
         seconds = clock(self._device) - start
         found = {name: influence.timings[name] for name in ("curvature", "query_gradients", "scoring")}

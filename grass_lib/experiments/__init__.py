@@ -15,6 +15,7 @@ _SHARED = (
     "grass_lib.kernels",
     "grass_lib.gradients",
     "grass_lib.attribution",
+    "grass_lib.deterministic",
     "grass_lib.precision",
 )
 

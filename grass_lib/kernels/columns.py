@@ -47,8 +47,8 @@ class KeptColumns:
         product_to: Columns per kept one up to which a product is best; see `product_is_best`.
     """
 
-    scatter_from = 4.0
-    product_to = 16.0
+    scatter_from = float("inf")
+    product_to = 0.0
 
     def __init__(self, index: Tensor, d: int, *, ones: bool = False) -> None:
         """Lays out the tables.
