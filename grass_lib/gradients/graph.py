@@ -16,7 +16,7 @@ class RecordedStep:
     """Replays a step on batches of one shape.
 
     The step must not wait for the device, and must compute everything from its inputs and tensors that stay where they
-    are. Weights may change in place between replays. Recording resets PyTorch's record of the device's peak memory.
+    are. Weights may change in place between replays.
 
     Attributes:
         shapes: Names, shapes and types of a batch, as `shapes_of` gives them.
@@ -38,16 +38,13 @@ class RecordedStep:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            step(self._inputs)
-            needed = _peak_bytes(lambda: step(self._inputs))
+            for _ in range(2):
+                step(self._inputs)
         current.wait_stream(stream)
         # What warmed up on another stream is of no use to the recording, which has memory of its own.
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            # One stretch of memory is taken and given back, and what follows is cut from it: pieces of many sizes that
-            # come and go leave fewer holes in it than in many stretches.
-            torch.empty(needed, dtype=torch.uint8, device=current.device)
             self._rows, self._values = step(self._inputs)
 
     def fits(self, samples: Batch) -> bool:
@@ -64,16 +61,6 @@ class RecordedStep:
         }
         torch._foreach_copy_(list(rows.values()), list(self._rows.values()))  # pyright: ignore[reportPrivateImportUsage]
         return rows, self._values.clone()
-
-
-def _peak_bytes(run: Callable[[], object]) -> int:
-    """Bytes that a call allocates at a time, at most. The device's own record of its peak starts anew."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def tensors_of(samples: Batch) -> list[Tensor]:

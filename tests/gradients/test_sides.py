@@ -7,7 +7,7 @@ import zoo
 from grass_lib.gradients import FactoredGradients, sides
 from grass_lib.gradients.outputs import cross_entropy
 from grass_lib.gradients.sides import Side, applied_matrix, matrix_of
-from grass_lib.kernels.columns import product_is_best
+from grass_lib.kernels.columns import KeptColumns, product_is_best
 
 
 def kept(d=10, index=(1, 4, 9)):
@@ -47,7 +47,8 @@ def test_the_bias_column_does_not_count_as_a_column(monkeypatch):
         (768, 100, torch.bfloat16, "cuda", False),
     ],
 )
-def test_where_a_product_is_best(d, k, dtype, device, best):
+def test_where_a_product_is_best(d, k, dtype, device, best, monkeypatch):
+    monkeypatch.setattr(KeptColumns, "product_to", 16.0)
     assert product_is_best(d, k, dtype, torch.device(device)) is best
 
 
