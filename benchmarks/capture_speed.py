@@ -29,7 +29,6 @@ from torch import Tensor
 
 from grass_lib.gradients import FactoredGradients, causal_loss
 from grass_lib.gradients.graph import RecordedStep
-from grass_lib.kernels.columns import WAYS, KeptColumns
 
 BLOCK = 512
 SPECS = {
@@ -160,17 +159,13 @@ def main() -> None:
     parser.add_argument("--specs", default=",".join(SPECS), help="Which presets.")
     parser.add_argument("--no-compiled-training", action="store_true")
     parser.add_argument("--no-training", action="store_true")
-    parser.add_argument("--columns", choices=WAYS, help="How kept columns are taken; default: what is expected best.")
     parser.add_argument("--profile", type=int, default=0, help="Also print so many kernels of a step, by their time.")
     arguments = parser.parse_args()
-    if arguments.columns:
-        KeptColumns.scatter_from, KeptColumns.product_to = WAYS[arguments.columns]
     facts = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "batch": arguments.batch,
         "block": BLOCK,
-        "columns": arguments.columns or "default",
     }
     rows: list[dict[str, Any]] = []
     for name in arguments.dtypes.split(","):

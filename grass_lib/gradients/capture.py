@@ -17,12 +17,12 @@ from grass_lib.errors import UsageError
 from grass_lib.gradients import inputs
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.gradients.meter import Meter, measured
-from grass_lib.gradients.sides import Side, applied_matrix, matrix_of
-from grass_lib.kernels.columns import KeptColumns, kept_columns
+from grass_lib.gradients.sides import Side
+from grass_lib.kernels.columns import kept_columns
 
 NORMS = ("layernorm", "rmsnorm")
-Tables: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""The map of an output side: kept coordinates, the place of every coordinate among them, dense matrix; or None."""
+Tables: TypeAlias = tuple[Tensor | None, Tensor | None]
+"""The map of an output side: kept coordinates, dense matrix; None for what it is not."""
 
 
 class LayerCapture:
@@ -48,10 +48,7 @@ class LayerCapture:
         """
         self.name, self.shape = name, shape
         self.size = out.k * into.k
-        matrix = applied_matrix(out, dtype) if shape.kind in NORMS else matrix_of(out, dtype)
-        index = out.index if matrix is None else None
-        places = None if index is None else KeptColumns(index, out.d).places
-        self._tables: Tables = (index, places, matrix)
+        self._tables: Tables = (out.index, out.applied(dtype))
         self._into = inputs.InputSide(into, shape, dtype)
         self.out, self.into = out.at_rest(dtype), into.at_rest(dtype)
 
@@ -125,8 +122,8 @@ class LayerCapture:
 
     def shorten(self, delta: Tensor, tables: Tables) -> Tensor:
         """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
-        index, places, matrix = tables
-        delta = delta if index is None else kept_columns(delta, index, places)
+        index, matrix = tables
+        delta = delta if index is None else kept_columns(delta, index)
         return delta if matrix is None else delta @ matrix.to(delta.dtype)
 
     def join(self, left: Tensor, right: Tensor) -> Tensor:
@@ -173,7 +170,7 @@ class LayerCapture:
         return found.unflatten(0, (batch, vocabulary)).mT.flatten(1)
 
     def _contract_norm(self, delta: Tensor, kept: tuple[Tensor, ...], tables: Tables) -> Tensor:
-        index, _, matrix = tables
+        index, matrix = tables
         x, mean, rstd = kept
         if index is not None:
             delta, x = delta.index_select(-1, index), x.index_select(-1, index)
@@ -195,22 +192,21 @@ class _Capture(torch.autograd.Function):
         y: Tensor,
         probe: Tensor,
         index: Tensor | None,
-        places: Tensor | None,
         matrix: Tensor | None,
         layer: LayerCapture,
         meter: Meter | None,
         *kept: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(index, places, matrix, *kept)
+        ctx.save_for_backward(index, matrix, *kept)
         ctx.layer, ctx.meter = layer, meter
         return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        index, places, matrix, *kept = ctx.saved_tensors
+        index, matrix, *kept = ctx.saved_tensors
         with measured(ctx.meter):
-            found = ctx.layer.contract(gradients[0], tuple(kept), (index, places, matrix))
-        return (gradients[0], found, None, None, None, None, None, *(None for _ in kept))
+            found = ctx.layer.contract(gradients[0], tuple(kept), (index, matrix))
+        return (gradients[0], found, None, None, None, None, *(None for _ in kept))
 
 
 class _Tap(torch.autograd.Function):
@@ -222,17 +218,16 @@ class _Tap(torch.autograd.Function):
         y: Tensor,
         probe: Tensor,
         index: Tensor | None,
-        places: Tensor | None,
         matrix: Tensor | None,
         layer: LayerCapture,
     ) -> Tensor:
-        ctx.save_for_backward(index, places, matrix)
+        ctx.save_for_backward(index, matrix)
         ctx.layer = layer
         return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], ctx.layer.shorten(gradients[0], ctx.saved_tensors), None, None, None, None
+        return gradients[0], ctx.layer.shorten(gradients[0], ctx.saved_tensors), None, None, None
 
 
 def _handed_on(ctx: Any, y: Tensor) -> Tensor:

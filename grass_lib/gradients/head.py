@@ -86,7 +86,7 @@ def chunked_causal_loss(
             f"the model's body returned {seen} for labels of shape {tuple(following.shape)}; expected hidden states "
             "(batch, length, width)"
         )
-    probe, kept, tables = None, None, (None, None, None)
+    probe, kept, tables = None, None, (None, None)
     if head is not None:
         (kept,) = head.capture.keep(layer, hidden, None)
         head.kept, head.shape, head.dtype = kept, tuple(following.shape), hidden.dtype
@@ -134,7 +134,6 @@ class _HeadLoss(torch.autograd.Function):
         following: Tensor,
         kept: Tensor | None,
         index: Tensor | None,
-        places: Tensor | None,
         matrix: Tensor | None,
         capture: LayerCapture | None,
         deferred: bool,
@@ -149,7 +148,7 @@ class _HeadLoss(torch.autograd.Function):
             tokens,
             needed[0],
             capture if needed[1] else None,
-            (index, places, matrix),
+            (index, matrix),
         )
         ctx.save_for_backward(
             None if below is None else below.view(hidden.shape),
@@ -167,7 +166,7 @@ class _HeadLoss(torch.autograd.Function):
         found = None if left is None else left * factor.to(left.dtype)
         if found is not None and not ctx.deferred:
             found = ctx.capture.join(found, kept)
-        return (below, found, *(None,) * 10)
+        return (below, found, *(None,) * 9)
 
 
 def _portions(

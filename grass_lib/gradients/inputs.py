@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grass_lib.gradients.layers import LayerShape
-from grass_lib.gradients.sides import Side, applied_matrix, matrix_of
-from grass_lib.kernels.columns import KeptColumns
+from grass_lib.gradients.sides import Side
+from grass_lib.kernels.columns import kept_columns
 
 
 class InputSide:
@@ -34,16 +34,13 @@ class InputSide:
         self.counts_tokens = shape.kind == "embedding" and side.is_identity
         self.padding: int | None = None
         self._kind, self._k = shape.kind, side.k
-        linear = shape.kind in ("linear", "conv1d")
-        self._matrix = matrix_of(side, dtype, bias=shape.bias) if linear else applied_matrix(side, dtype)
+        self._matrix = side.applied(dtype)
         self._bias, self._dtype = shape.bias, dtype
         self._columns = self._places = None
-        self._ones, self._kept = False, None
-        if side.index is not None and self._matrix is None:
+        self._ones = False
+        if side.index is not None:
             self._ones = shape.bias and int(side.index[-1]) == side.d - 1
             self._columns = side.index[:-1] if self._ones else side.index
-            if linear:
-                self._kept = KeptColumns(self._columns, side.d - shape.bias, ones=self._ones)
             if shape.kind == "embedding":
                 self._places = torch.full((side.d,), -1, dtype=torch.int64, device=side.index.device)
                 self._places[side.index] = torch.arange(side.k, device=side.index.device)
@@ -63,8 +60,8 @@ class InputSide:
             return self._tokens(module, x)
         if self._kind == "conv2d":
             return self._patches(module, x)
-        if self._kept is not None:
-            return self._kept(x)
+        if self._columns is not None:
+            return kept_columns(x, self._columns, self._ones)
         if self._matrix is None:
             return x.detach()
         matrix = self._matrix.to(x.dtype)

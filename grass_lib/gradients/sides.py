@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from grass_lib.errors import UsageError
-from grass_lib.kernels.columns import product_is_best
 from grass_lib.projection import Mask, build_projector
 from grass_lib.specs import StageSpec
 
@@ -41,6 +40,10 @@ class Side:
         """Whether the side stays as it is."""
         return self.index is None and self.matrix is None
 
+    def applied(self, dtype: torch.dtype) -> Tensor | None:
+        """The dense map in the type in which it is applied; None where there is none."""
+        return None if self.matrix is None else self.matrix.to(dtype)
+
     def at_rest(self, dtype: torch.dtype) -> Side:
         """The side with a matrix that is applied in another type moved to the CPU, where it takes no device memory."""
         if self.matrix is None or self.matrix.dtype == dtype:
@@ -53,32 +56,6 @@ class Side:
             return self.matrix.double().cpu()
         unit = torch.eye(self.d, dtype=torch.float64)
         return unit if self.index is None else unit[:, self.index.cpu()] * self.scale
-
-
-def applied_matrix(side: Side, dtype: torch.dtype) -> Tensor | None:
-    """The dense map ``(d, k)`` in the type in which it is applied; None for a side that has none."""
-    return None if side.matrix is None else side.matrix.to(dtype)
-
-
-def matrix_of(side: Side, dtype: torch.dtype, *, bias: bool = False) -> Tensor | None:
-    """The matrix that a linear layer's side is multiplied by, where that is how it is best made shorter.
-
-    Args:
-        side: A side.
-        dtype: Of what is multiplied.
-        bias: Whether the last coordinate is the bias column of an input side.
-
-    Returns:
-        ``(d, k)`` in ``dtype``: the dense map, or zeros and ones for kept coordinates; None where they are taken
-        otherwise, and for a side that stays as it is.
-    """
-    if side.matrix is not None:
-        return applied_matrix(side, dtype)
-    if side.index is None or not product_is_best(side.d - bias, side.k, dtype, side.index.device):
-        return None
-    matrix = torch.zeros(side.d, side.k, dtype=dtype, device=side.index.device)
-    matrix[side.index, torch.arange(side.k, device=side.index.device)] = 1
-    return matrix
 
 
 def given_side(stage: StageSpec, place: int, d: int, matrix: Tensor, *, name: str) -> Side:
