@@ -68,10 +68,9 @@ def run(
             f"{','.join(PARTS)}"
         )
     place = torch.device(resolve_device(device)).type
-    if place == "cuda" and torch.cuda.device_count() < _PAIR:
-        raise UsageError(
-            f"there are {torch.cuda.device_count()} GPUs here; expected {_PAIR}, or --device cpu --shape tiny"
-        )
+    gpus = torch.cuda.device_count() if place == "cuda" else 0
+    if gpus < _PAIR and (place == "cuda" or shape != "tiny"):
+        raise UsageError(f"there are {gpus} GPUs to use here; expected {_PAIR}, or --device cpu --shape tiny")
     main, small = SETTINGS[shape]
     main = main.changed(rows, batch)
     if folder is not None:

@@ -19,6 +19,11 @@ from grass_lib.report.scaling_plan import plan_rows
 from grass_lib.store import GradientStore
 
 
+def test_a_large_shape_is_not_tried_without_two_gpus():
+    with pytest.raises(UsageError, match=r"there are 0 GPUs to use here; expected 2, or --device cpu --shape tiny"):
+        scaling.run("llama", device="cpu")
+
+
 @pytest.mark.system
 def test_a_whole_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
@@ -203,7 +208,7 @@ def test_wrong_arguments(tmp_path, changes, match):
 def test_one_gpu_is_too_few(monkeypatch):
     monkeypatch.setattr(scaling, "resolve_device", lambda device: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="there are 1 GPUs here"):
+    with pytest.raises(UsageError, match="there are 1 GPUs to use here"):
         scaling.run("llama")
 
 
