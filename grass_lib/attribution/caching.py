@@ -19,11 +19,12 @@ from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
 from grass_lib.store import ShardWriter, Store
-from grass_lib.store.formats import Rows, empty_rows, encode
+from grass_lib.store.formats import Rows, empty_rows, encode, row_bytes
 
 _PINNED_BYTES = 2**30
 _SHOWN = 8
 _SHARD_SIZE = 1024
+_SHARD_BYTES = 2**28  # two of them fit pinned memory, and all but the last are written while the next is computed
 
 
 class ShardCache:
@@ -126,8 +127,8 @@ class ShardCache:
         if last > number:
             raise UsageError(
                 f"the batch of samples {first} to {first + size - 1} reaches over the end of shard {number} at "
-                f"{(number + 1) * store.shard_size}; expected a shard_size that is a multiple of the batch size, for "
-                f"example {default_shard_size(size)} for batches of {size}"
+                f"{(number + 1) * store.shard_size}; expected a shard_size that is a multiple of the batch size, "
+                f"{size}"
             )
         return number
 
@@ -216,9 +217,24 @@ def check_order(loader: Iterable[Batch]) -> None:
         raise UsageError("the loader drops the last short batch, and every sample needs a row; use drop_last=False")
 
 
-def default_shard_size(batch: int) -> int:
-    """The largest multiple of the batch size up to 1,024, or the batch size."""
-    return max(_SHARD_SIZE // batch * batch, batch)
+def sample_bytes(layers: Mapping[str, int], dtype: torch.dtype) -> int:
+    """Bytes of a sample's rows in a shard.
+
+    Args:
+        layers: Their sizes.
+        dtype: Of the stored numbers.
+    """
+    return sum(row_bytes(k, dtype) for k in layers.values())
+
+
+def default_shard_size(batch: int, size: int) -> int:
+    """The largest multiple of the batch size up to 1,024 samples and 256 MiB, or the batch size.
+
+    Args:
+        batch: Samples in a batch.
+        size: Bytes of a sample.
+    """
+    return max(min(_SHARD_SIZE, _SHARD_BYTES // size) // batch * batch, batch)
 
 
 def check_compile(compile: Compile, deterministic: bool) -> None:
@@ -241,5 +257,5 @@ def check_compile(compile: Compile, deterministic: bool) -> None:
 
 def _host_shard(store: Store, device: torch.device) -> dict[str, Rows]:
     rows = min(store.shard_size, store.n_samples)
-    pinned = device.type == "cuda" and 2 * rows * sum(store.layers.values()) * store.dtype.itemsize <= _PINNED_BYTES
+    pinned = device.type == "cuda" and 2 * rows * sample_bytes(store.layers, store.dtype) <= _PINNED_BYTES
     return {name: empty_rows(rows, size, store.dtype, pin_memory=pinned) for name, size in store.layers.items()}

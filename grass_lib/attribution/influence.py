@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ class InfluenceFunction:
             masks: For selective types: ``{"layer/output": Mask, "layer/input": Mask}``.
             matrices: Instead of drawn ones, as in ``FactoredGradients``.
             backend: Of stage 2, as in ``build_projector``.
-            shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 (or that of
-                the store that is there).
+            shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 samples and
+                256 MiB (or that of the store that is there).
             deterministic: Asks for deterministic kernels while caching on a GPU, so that a run that was killed ends
                 with the same bits; attention then takes a little longer.
             compile: Compiles the pass over the training set, and records it on a GPU; ``"blocks"`` compiles one block
@@ -242,7 +242,6 @@ class InfluenceFunction:
         idle = max(self._ranks.tell(passes)) - passes
         with self._ranks.together("caching"):
             if missing or idle:
-                self._gradients.compiled_size = size
                 self._settle(first)
                 self._fill(cache, store, chain([first], batches), worker=worker, n_workers=n_workers, idle_passes=idle)
         if curvature is not None:
@@ -250,8 +249,19 @@ class InfluenceFunction:
                 reduce_curvature(curvature, list(store.layers), self._ranks)
         self._curvature = curvature
 
+    def warm_up(self, batch: Batch) -> None:
+        """Compiles and records the step of :meth:`cache`, which then begins at full speed; nothing is kept.
+
+        Args:
+            batch: Of the shape of those that will be cached.
+        """
+        self._settle(batch)
+        with self._kernels():
+            self._gradients(batch)
+
     def _settle(self, batch: Batch) -> None:
         """Finds out, once and by a pass whose results nobody needs, how strictly kernels can be deterministic."""
+        self._gradients.compiled_size = batch_size(batch_to(batch, self.device))
         if self.deterministic and self._strict is None and self.device.type == "cuda":
             self._strict = is_deterministic(self.device, lambda: self._gradients(batch))
 
@@ -259,13 +269,19 @@ class InfluenceFunction:
         """Computes a worker's missing shards, and keeps the time."""
         before = self._gradients.timings
         with (
-            deterministic_kernels(self.device, strict=bool(self._strict)) if self.deterministic else nullcontext(),
+            self._kernels(),
             progress_bar(store.n_samples, "gradients", self._progress) as bar,
         ):
             cache.run(batches, bar, **work)
         after = self._gradients.timings
         self.timings |= cache.seconds | {name: after[name] - before[name] for name in after}
         self.timings["samples"] = float(cache.samples)
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """What training samples are computed in."""
+        if not self.deterministic:
+            return nullcontext()
+        return deterministic_kernels(self.device, strict=bool(self._strict))
 
     def attribute(self, query_loader: Iterable[Batch], damping: Damping = 0.1) -> Tensor:
         """Scores of all training samples for all queries.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib import __version__
-from grass_lib.attribution.caching import default_shard_size
+from grass_lib.attribution.caching import default_shard_size, sample_bytes
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
@@ -103,11 +103,12 @@ class KeptStore:
         n_samples = there.n_samples if n_samples is None and there else n_samples
         if n_samples is None:
             raise UsageError("the loader does not say how many samples it has; give n_samples=")
-        shard_size = self._shard_size or (there.shard_size if there else default_shard_size(batch))
+        default = default_shard_size(batch, sample_bytes(self._gradients.sizes, self._dtype))
+        shard_size = self._shard_size or (there.shard_size if there else default)
         if shard_size < n_samples and shard_size % batch:
             raise UsageError(
                 f"shards of {shard_size} samples are cut within batches of {batch}; expected a shard_size that is a "
-                f"multiple of the batch size, for example {default_shard_size(batch)}"
+                f"multiple of the batch size, for example {default}"
             )
         store = self._store = self._opened(there, n_samples, shard_size, replace=True)
         return store

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from grass_lib.errors import UsageError
 from grass_lib.specs import CompressionSpec, parse_hessian
@@ -181,14 +181,14 @@ class OursOptions(Options):
         spec: The compression.
         hessian: ``eFIM`` or ``Identity``.
         dtype: Of the stored gradients.
-        compile: Compiles the pass over the training set, and records it on a GPU.
+        compile: Compiles the pass over the training set, and records it on a GPU; ``blocks`` for a large model.
         deterministic: Asks for deterministic kernels while caching.
     """
 
     spec: str = "random_mask-128*128->sjlt-4096"
     hessian: str = "eFIM"
     dtype: str = "float32"
-    compile: bool = False
+    compile: bool | Literal["blocks"] = False
     deterministic: bool = True
     system: ClassVar[str] = "grass_lib"
 
@@ -197,6 +197,7 @@ class OursOptions(Options):
         CompressionSpec.parse(self.spec)
         parse_hessian(self.hessian)
         _choose("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _choose("compile", str(self.compile), ("True", "False", "blocks"))
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -101,9 +101,10 @@ def options_for(setting: Setting, device: str) -> dict[str, list[Options]]:
     half = setting.shape.dtype != "float32"
     stored = "bfloat16" if half else "float32"
     log_dtype = "float32" if half else "none"
+    compiled: bool | Literal["blocks"] = ("blocks" if half else True) if gpu else False
     found: dict[str, list[Options]] = {
         "grass_lib": [
-            OursOptions(spec=str(spec), hessian=hessian, dtype=stored, compile=gpu)
+            OursOptions(spec=str(spec), hessian=hessian, dtype=stored, compile=compiled)
             for spec in (logra_spec(setting.k), factgrass_spec(setting.k))
             for hessian in ("Identity", "eFIM")
         ],

@@ -267,7 +267,16 @@ class Throughput:
         """Rows that were written against an eager capture in float32 of the same model, which is widened meanwhile."""
         if not self._written:
             return
-        spec, model = self._plan.spec, self._bench.widened()
+        narrow = self._eager_rows(self._model)
+        self._wanted = self._eager_rows(self._bench.widened())
+        self._bench.narrowed()
+        self.check |= {"rows": CHECKED, **cosines(_first(self._written), self._wanted)}
+        # What the type of the weights itself costs, without anything of ours.
+        self.check["eager"] = cosines(narrow, self._wanted)
+
+    def _eager_rows(self, model: Any) -> dict[str, Tensor]:
+        """Of transformers' model as it is, each sequence alone; on the host."""
+        spec = self._plan.spec
         gradients = FactoredGradients(
             model,
             causal_loss,
@@ -276,13 +285,13 @@ class Throughput:
             projection=str(spec.projection),
             timed=False,
         )
-        exact = [gradients(dict(batch))[0] for batch in list(self._rows_alone())]
-        self._wanted = {name: torch.cat([rows[name].cpu() for rows in exact]) for name in self._written}
-        self.check |= {"rows": CHECKED, **cosines(_first(self._written), self._wanted)}
-        del gradients, exact
-        self._bench.narrowed()
+        found = [
+            {name: part.cpu() for name, part in gradients(dict(batch))[0].items()} for batch in self._rows_alone()
+        ]
+        del gradients
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        return {name: torch.cat([rows[name] for rows in found]) for name in self._written}
 
     def _compare_fp8(self, written: dict[str, Tensor]) -> None:
         """Rows with FP8 products against the eager capture in float32, and their scores against those without."""

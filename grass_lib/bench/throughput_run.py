@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from grass_lib.bench.throughput_model import build, product_speed
 from grass_lib.bench.throughput_rows import Plan, Row, as_json
 from grass_lib.errors import UsageError
 from grass_lib.experiments.base import resolve_device
-from grass_lib.gradients.fp8 import TRIAL
 from grass_lib.specs import CompressionSpec
 
 logger = logging.getLogger(__name__)
@@ -128,8 +126,6 @@ def run(
     if out is not None:
         write(result, out)
     if fp8 and whole:
-        # Measured to see how wrong they are.
-        os.environ[TRIAL] = "1"
         follow(bench.run_fp8())
     return result
 

@@ -143,7 +143,8 @@ def cache(
         str, typer.Option(metavar="I/N", help="Write only the shards that leave I modulo N, such as 0/3.")
     ] = "0/1",
     shard_size: Annotated[
-        int | None, typer.Option(help="Samples in a shard, a multiple of the batch size; the largest up to 1,024.")
+        int | None,
+        typer.Option(help="Samples in a shard, a multiple of the batch size; the largest up to 1,024 and 256 MiB."),
     ] = None,
     device: Device = "auto",
     executor: Annotated[

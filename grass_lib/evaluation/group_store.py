@@ -187,7 +187,6 @@ class GroupStore:
             "fingerprint": self.fingerprint,
             "members": [member.name for member in members],
             "sha256": checksum,
-            "device": group.outputs.device.type,
             "torch": torch.__version__,
         }
         write_json(note, content)

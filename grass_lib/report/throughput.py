@@ -66,7 +66,7 @@ def row_name(row: Mapping[str, Any]) -> str:
     if row["hessian"] == "eFIM":
         parts.append("curvature on the GPU")
     if row.get("fp8"):
-        parts.append("FP8 products (see the text)")
+        parts.append("FP8 products")
     if row["note"] and row["tokens_per_second"]:
         parts.append(row["note"])
     return "; ".join(parts)
@@ -110,7 +110,7 @@ def _short(row: Mapping[str, Any]) -> str:
         kind = "LoGra" if row["spec"].startswith("normal") else "FactGraSS" if "sjlt" in row["spec"] else row["spec"]
         name = f"ours, {kind}, {row['layers']} layers{', eFIM' if row['hessian'] == 'eFIM' else ''}"
     if row.get("fp8"):
-        name += ", FP8 (see the text)"
+        name += ", FP8"
     return name
 
 
@@ -200,6 +200,12 @@ def device_sentence(result: Result) -> str:
             f" {check['rows']} of the rows that were written were compared with an eager capture of the same model in "
             f"float32: the worst cosine of any row and layer is {check['worst_cosine']:.4f} ({check['worst_layer']}), "
             f"the median {check['median_cosine']:.4f}."
+        )
+    eager = check.get("eager")
+    if eager:
+        text += (
+            f" An eager capture in {model['dtype']}, of each sequence alone, has {eager['worst_cosine']:.4f} "
+            f"({eager['worst_layer']}) and {eager['median_cosine']:.4f}."
         )
     state = f"Damaged shards: {'; '.join(problems)}" if problems else "Every shard was read back and has its checksum."
     return f"{text} {state}\n"

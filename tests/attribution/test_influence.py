@@ -8,6 +8,7 @@ import zoo
 from torch.utils.data import DataLoader, TensorDataset
 
 from grass_lib.attribution import topk
+from grass_lib.attribution.caching import default_shard_size
 from grass_lib.attribution.influence import InfluenceFunction
 from grass_lib.attribution.presets import FactGraSS, LoGra, factgrass_spec, logra_spec
 from grass_lib.attribution.scoring import score_shards
@@ -280,6 +281,8 @@ def test_blocks_do_not_change_the_rows(tmp_path, monkeypatch):
     parts = influence(model, store=tmp_path / "parts", shard_size=None)
     parts.cache(train)
     assert whole.store.shard_size == 1024
+    assert default_shard_size(24, 4) == 1008 and default_shard_size(16, 48 * 4096 * 4) == 336
+    assert default_shard_size(500, 2**20) == 500  # a batch is never cut
     assert (whole.store.path / "shard_00000.json").read_bytes() == (parts.store.path / "shard_00000.json").read_bytes()
     scores = parts.attribute(query)
     torch.testing.assert_close(scores, whole.attribute(query), rtol=1e-4, atol=1e-5)
@@ -353,6 +356,19 @@ def test_loaders_and_dict_batches():
         loader.cache(DataLoader(data, batch_size=4, shuffle=True))
     with pytest.raises(UsageError, match="drops"):
         loader.cache(DataLoader(data, batch_size=4, drop_last=True))
+
+
+def test_warming_up_leaves_nothing_behind(tmp_path):
+    model, train, query = case()
+    cold, warm = influence(model), influence(model, store=tmp_path / "warm")
+    warm.warm_up(train[0])
+    assert not (tmp_path / "warm").exists()
+    with pytest.raises(UsageError, match="call cache"):
+        warm.attribute(query)
+    for found in (cold, warm):
+        found.cache(train)
+    assert torch.equal(warm.attribute(query), cold.attribute(query))
+    assert warm.timings["samples"] == len(torch.cat([labels for _, labels in train]))
 
 
 def test_batches_and_shards_must_fit(tmp_path):

@@ -11,10 +11,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def hardware(monkeypatch):
+def hardware():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    monkeypatch.setenv(fp8.TRIAL, "1")
     problem = fp8.device_problem(torch.device("cuda"))
     if problem:
         pytest.skip(problem)

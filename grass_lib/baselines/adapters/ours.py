@@ -8,7 +8,7 @@ from torch import Tensor
 from grass_lib.attribution import InfluenceFunction
 from grass_lib.baselines.adapters.base import Adapter
 from grass_lib.baselines.systems import OursOptions
-from grass_lib.gradients import causal_loss
+from grass_lib.gradients import chunked_causal_loss
 from grass_lib.specs import CompressionSpec
 
 
@@ -21,7 +21,7 @@ class OursAdapter(Adapter):
         spec = CompressionSpec.parse(self.options.spec)
         return InfluenceFunction(
             self.model,
-            causal_loss,
+            chunked_causal_loss,
             layers=self.layers,
             sparsification=str(spec.sparsification),
             projection=str(spec.projection),
@@ -37,12 +37,10 @@ class OursAdapter(Adapter):
         return [{"input_ids": part, "labels": part} for part in ids.split(self.workload.batch_size)]
 
     def warm_up(self) -> None:
-        """Runs the step itself; the store of `cache` is another one."""
-        influence = self._influence("warm-up")
-        self._cached = influence
-        with influence._gradients.attached():
-            for batch in self._loader(self.workload.train_ids)[: self.workload.warm_up]:
-                influence._gradients(batch)
+        """Runs the step itself."""
+        self._cached = self._influence("store")
+        for batch in self._loader(self.workload.train_ids)[: self.workload.warm_up]:
+            self._cached.warm_up(batch)
 
     def cache(self) -> None:
         """Fills the store; the sums of the curvature grow in the same walk."""
