@@ -10,7 +10,6 @@ sizes are small, the roundings those of the hardware, and nothing is recorded.
 
 import copy
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grass_lib.attribution.caching import ShardCache, check_compile, check_order
-from grass_lib.attribution.curvature import Curvature, reduce_curvature
+from grass_lib.attribution.caching import check_compile
+from grass_lib.attribution.filling import StoreFiller
 from grass_lib.attribution.origin import KeptStore
-from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose, primal_layers
+from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose
 from grass_lib.attribution.ranking import TopK, TopKMerge
 from grass_lib.attribution.scoring import Scorer, clocked
 from grass_lib.attribution.solve import damping_grid
-from grass_lib.deterministic import deterministic_kernels, is_deterministic
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
-from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.passes import Compile
-from grass_lib.gradients.stream import progress_bar, sample_count
 from grass_lib.precision import exact_products
 from grass_lib.ranks import Ranks, is_sharded
 from grass_lib.specs import parse_hessian
@@ -161,7 +156,6 @@ class InfluenceFunction:
         self.spec, self.sizes, self.k = self._gradients.spec, self._gradients.sizes, self._gradients.k
         self.include_head, self.device = self._gradients.include_head, self._gradients.device
         dtype = parse_dtype(dtype)
-        self._strict: bool | None = None
         self.dtype, self.deterministic, self._progress = dtype, deterministic, progress and self._ranks.rank == 0
         self._kept = KeptStore(
             self._gradients,
@@ -174,10 +168,19 @@ class InfluenceFunction:
             given=fingerprint,
             source=source,
         )
-        self._curvature: Curvature | None = None
-        self._bases: dict[str, LayerBasis] | None = None
+        self._bases: dict[str, LayerBasis] = {}
+        self._bases_walk = -1
         self.timings: dict[str, float] = dict.fromkeys((*_SECONDS, "samples"), 0.0)
         self.residuals: dict[str, float] = {}
+        self._filler = StoreFiller(
+            self._gradients,
+            self._kept,
+            self.timings,
+            sums=self._dtypes[0] if self.hessian == "eFIM" else None,
+            deterministic=deterministic,
+            ranks=self._ranks,
+            progress=self._progress,
+        )
         self._scorer = Scorer(self._gradients, target, self._dtypes[0], self.timings, self._progress, self._ranks)
 
     @property
@@ -211,43 +214,7 @@ class InfluenceFunction:
             GrassError: A gradient is not finite.
             StoreError: The folder holds a store of something else, or cannot be written.
         """
-        check_order(loader)
-        if not self._ranks.alone:
-            if (worker, n_workers) != (0, 1):
-                raise UsageError(
-                    f"worker {worker} of {n_workers} is for processes that know nothing of each other, and here are "
-                    f"{self._ranks.world} ranks; leave it out"
-                )
-            worker, n_workers = self._ranks.rank, self._ranks.world
-        with self._ranks.together("caching"):
-            expected, batches = sample_count(loader) if n_samples is None else n_samples, iter(loader)
-            first = next(batches, None)
-            if first is None:
-                raise UsageError("the loader yielded no batches; expected training data")
-            size = batch_size(batch_to(first, self.device))
-            store = self._kept.make(expected, size)
-            missing = store.missing(worker, n_workers)
-        self.timings.update(dict.fromkeys(self.timings, 0.0))
-        todo = self._ranks.tell(len(missing))
-        if not any(todo):
-            return
-        self._curvature = self._bases = None
-        # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits (but
-        # for the order of sums over several ranks).
-        whole = self.hessian == "eFIM" and sum(todo) == store.n_shards
-        curvature = Curvature(primal_layers(store), self.device, self._dtypes[0]) if whole else None
-        cache = ShardCache(self._gradients, store, curvature)
-        # All ranks take part in every pass of a model whose weights are sharded: those with fewer have idle ones.
-        passes = cache.passes(size, worker, n_workers) if is_sharded(self._gradients.model) else 0
-        idle = max(self._ranks.tell(passes)) - passes
-        with self._ranks.together("caching"):
-            if missing or idle:
-                self._settle(first)
-                self._fill(cache, store, chain([first], batches), worker=worker, n_workers=n_workers, idle_passes=idle)
-        if curvature is not None:
-            with clocked(self.timings, "curvature", self.device):
-                reduce_curvature(curvature, list(store.layers), self._ranks)
-        self._curvature = curvature
+        self._filler(loader, n_samples, worker, n_workers)
 
     def warm_up(self, batch: Batch) -> None:
         """Compiles and records the step of :meth:`cache`, which then begins at full speed; nothing is kept.
@@ -255,33 +222,7 @@ class InfluenceFunction:
         Args:
             batch: Of the shape of those that will be cached.
         """
-        self._settle(batch)
-        with self._kernels():
-            self._gradients(batch)
-
-    def _settle(self, batch: Batch) -> None:
-        """Finds out, once and by a pass whose results nobody needs, how strictly kernels can be deterministic."""
-        self._gradients.compiled_size = batch_size(batch_to(batch, self.device))
-        if self.deterministic and self._strict is None and self.device.type == "cuda":
-            self._strict = is_deterministic(self.device, lambda: self._gradients(batch))
-
-    def _fill(self, cache: ShardCache, store: Store, batches: Iterable[Batch], **work: int) -> None:
-        """Computes a worker's missing shards, and keeps the time."""
-        before = self._gradients.timings
-        with (
-            self._kernels(),
-            progress_bar(store.n_samples, "gradients", self._progress) as bar,
-        ):
-            cache.run(batches, bar, **work)
-        after = self._gradients.timings
-        self.timings |= cache.seconds | {name: after[name] - before[name] for name in after}
-        self.timings["samples"] = float(cache.samples)
-
-    def _kernels(self) -> AbstractContextManager[None]:
-        """What training samples are computed in."""
-        if not self.deterministic:
-            return nullcontext()
-        return deterministic_kernels(self.device, strict=bool(self._strict))
+        self._filler.warm_up(batch)
 
     def attribute(self, query_loader: Iterable[Batch], damping: Damping = 0.1) -> Tensor:
         """Scores of all training samples for all queries.
@@ -367,7 +308,7 @@ class InfluenceFunction:
         """Eigenvectors of this rank's layers, computed at first use; None for hessian "Identity"."""
         if self.hessian == "Identity":
             return None
-        if self._bases is None:
+        if self._bases_walk != self._filler.walks:
             own = [name for place, name in enumerate(store.layers) if self._ranks.owns(place)]
             with (
                 self._ranks.together("decomposing the curvature"),
@@ -376,9 +317,9 @@ class InfluenceFunction:
             ):
                 keep, solve = self._dtypes
                 # The sums are used up on the way, and so are not there for a second attempt.
-                curvature, self._curvature = self._curvature, None
+                curvature, self._filler.curvature = self._filler.curvature, None
                 bases = decompose(store, own, curvature, self.device, solve=solve, keep=keep)
-            self._bases = bases
+            self._bases, self._bases_walk = bases, self._filler.walks
             told = self._ranks.tell({name: basis.residual for name, basis in bases.items()})
             found = {name: value for part in told for name, value in part.items()}
             self.residuals = {name: found[name] for name in store.layers}

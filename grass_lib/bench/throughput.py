@@ -285,9 +285,7 @@ class Throughput:
             projection=str(spec.projection),
             timed=False,
         )
-        found = [
-            {name: part.cpu() for name, part in gradients(dict(batch))[0].items()} for batch in self._rows_alone()
-        ]
+        found = [{name: part.cpu() for name, part in gradients(dict(batch))[0].items()} for batch in self._rows_alone()]
         del gradients
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

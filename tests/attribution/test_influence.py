@@ -281,7 +281,8 @@ def test_blocks_do_not_change_the_rows(tmp_path, monkeypatch):
     parts = influence(model, store=tmp_path / "parts", shard_size=None)
     parts.cache(train)
     assert whole.store.shard_size == 1024
-    assert default_shard_size(24, 4) == 1008 and default_shard_size(16, 48 * 4096 * 4) == 336
+    assert default_shard_size(24, 4) == 1008
+    assert default_shard_size(16, 48 * 4096 * 4) == 336
     assert default_shard_size(500, 2**20) == 500  # a batch is never cut
     assert (whole.store.path / "shard_00000.json").read_bytes() == (parts.store.path / "shard_00000.json").read_bytes()
     scores = parts.attribute(query)
