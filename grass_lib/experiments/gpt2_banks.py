@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from torch import Tensor
 from grass_lib.errors import BankError
 from grass_lib.evaluation.bank_files import bank_lock, read_json, read_tensors, write_json, write_tensors
 from grass_lib.evaluation.group_store import GroupStore, TrainedGroup
-from grass_lib.evaluation.plan import BankPlan, Member
-from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
+from grass_lib.evaluation.plan import Member
+from grass_lib.evaluation.retraining import RetrainingBank, load_weights
+from grass_lib.experiments.banks import bank_folder, lds_plan, trained_bank
 from grass_lib.experiments.data.blocks import TextBlocks, blocks_hash
 from grass_lib.experiments.gpt2_protocol import Protocol
 from grass_lib.experiments.gpt2_trainer import TextTrainer, train_base, training_fingerprint, weights_hash
@@ -109,10 +108,9 @@ def train_lds_bank(
         BankError: See `train_bank`.
     """
     start = _start(protocol, data, directory, device, compile, progress)
-    plan, fingerprint = _lds_plan(protocol, seed), _fingerprint(protocol, data, start, device, compile)
-    folder = _folder(directory, plan, fingerprint)
+    plan, fingerprint = lds_plan(protocol, protocol.n_train, seed), _fingerprint(protocol, data, start, device, compile)
     trainer = _LateTrainer(data, protocol, start, device, compile)
-    bank = train_bank(plan, trainer, folder, fingerprint=fingerprint, progress=progress)
+    bank, folder = trained_bank(plan, trainer, directory, fingerprint=fingerprint, progress=progress)
     _check_one_base(bank, folder)
     return bank
 
@@ -147,12 +145,11 @@ def attribution_checkpoint(
     """
     start = _start(protocol, data, directory, device, compile, progress)
     fingerprint = _fingerprint(protocol, data, start, device, compile)
-    bank_plan = _lds_plan(protocol, seed)
+    bank_plan = lds_plan(protocol, protocol.n_train, seed)
     plan = replace(bank_plan, n_models=1, second_seed_share=0.0, group_size=1)
     trainer = _LateTrainer(data, protocol, start, device, compile)
-    folder = _folder(directory, plan, fingerprint)
-    one = train_bank(plan, trainer, folder, fingerprint=fingerprint, keep_weights=True, progress=progress)
-    stored = GroupStore(_folder(directory, bank_plan, fingerprint), bank_plan, fingerprint).read(0)
+    one, folder = trained_bank(plan, trainer, directory, fingerprint=fingerprint, keep_weights=True, progress=progress)
+    stored = GroupStore(bank_folder(directory, bank_plan, fingerprint), bank_plan, fingerprint).read(0)
     if stored is not None:
         _check_same(one.outputs[0, 0], stored.outputs[0], folder)
     return load_weights(folder)[0]
@@ -220,24 +217,8 @@ def _check_one_base(bank: RetrainingBank, folder: Path) -> None:
         )
 
 
-def _lds_plan(protocol: Protocol, seed: int) -> BankPlan:
-    return BankPlan(
-        n_train=protocol.n_train,
-        n_models=protocol.n_lds,
-        seed=seed,
-        group_size=protocol.group_size,
-        second_seed_share=protocol.second_seed_share,
-    )
-
-
 def _fingerprint(protocol: Protocol, data: TextBlocks, start: _Start, device: str, compile: bool | None) -> str:
     return training_fingerprint(protocol.sizes, protocol.recipe, data.sha256, start.name, device, compile)
-
-
-def _folder(directory: str | Path, plan: BankPlan, fingerprint: str) -> Path:
-    """The bank's own folder, named after everything that decides its models."""
-    digest = hashlib.sha256(json.dumps([asdict(plan), fingerprint], sort_keys=True).encode()).hexdigest()
-    return Path(directory) / f"{plan.role}-{digest[:12]}"
 
 
 def _check_same(found: Tensor, stored: Tensor, folder: Path) -> None:

@@ -5,10 +5,8 @@ Ground truth is the retrained models' negated cross-entropy for each query; attr
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from torch import Tensor
 
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.evaluation.plan import BankPlan
-from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
+from grass_lib.evaluation.retraining import RetrainingBank, load_weights
+from grass_lib.experiments.banks import check_models, lds_plan, trained_bank, trak_plan
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.mnist import SIZES, Digits, check_scale, data_fingerprint, data_problems, load_mnist
 from grass_lib.experiments.mlp_trainer import GroupTrainer, Target, bank_fingerprint
@@ -132,11 +131,7 @@ def protocol(scale: str, *, n_lds: int = 0, n_trak: int = 0, target: Target = "l
         UsageError: There is no such scale or target, or a number is negative.
     """
     check_scale(scale)
-    if n_lds < 0 or n_trak < 0 or n_lds in (1, 2):
-        raise UsageError(
-            f"n_lds is {n_lds} and n_trak {n_trak}; expected 0 for the scale's own numbers, or at least 3 LDS models "
-            "and 1 TRAK model"
-        )
+    check_models(n_lds, n_trak)
     if target not in ("loss", "margin"):
         raise UsageError(f"target is {target!r}; expected loss or margin")
     n_train, n_query = SIZES[scale]
@@ -221,13 +216,7 @@ def train_lds_bank(
     Raises:
         BankError: See `train_bank`.
     """
-    plan = BankPlan(
-        n_train=len(data.train_y),
-        n_models=protocol.n_lds,
-        seed=seed,
-        group_size=protocol.group_size,
-        second_seed_share=protocol.second_seed_share,
-    )
+    plan = lds_plan(protocol, len(data.train_y), seed)
     return _train(plan, protocol, data, directory, device, keep_weights=False, progress=progress)[0]
 
 
@@ -259,14 +248,7 @@ def trak_checkpoints(
     Raises:
         BankError: See `train_bank`.
     """
-    plan = BankPlan(
-        n_train=len(data.train_y),
-        n_models=protocol.n_trak,
-        seed=seed,
-        group_size=protocol.group_size,
-        second_seed_share=0.0,
-        role="lds" if overlap else "trak",
-    )
+    plan = trak_plan(protocol, len(data.train_y), seed, role="lds" if overlap else "trak")
     _, folder = _train(plan, protocol, data, directory, device, keep_weights=True, progress=progress)
     return load_weights(folder)
 
@@ -309,11 +291,8 @@ def _train(
 ) -> tuple[RetrainingBank, Path]:
     """The bank and its own folder below ``directory``, named after everything that decides its models."""
     fingerprint = bank_fingerprint(protocol.recipe, data, protocol.target)
-    digest = hashlib.sha256(json.dumps([asdict(plan), fingerprint], sort_keys=True).encode()).hexdigest()
-    folder = Path(directory) / f"{plan.role}-{digest[:12]}"
     trainer = GroupTrainer(data, protocol.recipe, target=protocol.target, device=device)
-    bank = train_bank(plan, trainer, folder, fingerprint=fingerprint, keep_weights=keep_weights, progress=progress)
-    return bank, folder
+    return trained_bank(plan, trainer, directory, fingerprint=fingerprint, keep_weights=keep_weights, progress=progress)
 
 
 __all__ = [

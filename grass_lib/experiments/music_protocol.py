@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from grass_lib.errors import SpecError, UsageError
+from grass_lib.experiments.banks import check_models
 from grass_lib.experiments.data import maestro
 from grass_lib.experiments.models.music_transformer import MusicSizes, parameter_count
 from grass_lib.experiments.music_trainer import MusicRecipe
@@ -124,11 +125,7 @@ def protocol(scale: str, *, n_lds: int = 0, n_trak: int = 0, masks: str = "energ
         UsageError: There is no such scale or way to choose masks, or a number is negative or too small.
     """
     check_scale(scale)
-    if n_lds < 0 or n_trak < 0 or n_lds in (1, 2):
-        raise UsageError(
-            f"n_lds is {n_lds} and n_trak {n_trak}; expected 0 for the scale's own numbers, or at least 3 LDS models "
-            "and 1 TRAK model"
-        )
+    check_models(n_lds, n_trak)
     if masks not in MASKS:
         raise UsageError(f"masks is {masks!r}; expected energy, or nothing to leave selective types out")
     if scale == "embedded":

@@ -6,10 +6,7 @@ attribution linearises its margin.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,8 @@ from torch import Tensor
 
 from grass_lib.errors import DataError, UsageError
 from grass_lib.evaluation.plan import BankPlan
-from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
+from grass_lib.evaluation.retraining import RetrainingBank, load_weights
+from grass_lib.experiments.banks import lds_plan, trained_bank, trak_plan
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.chorales import chorales_fingerprint, load_chorales
 from grass_lib.experiments.data.maestro import load_maestro
@@ -87,13 +85,7 @@ def train_lds_bank(
     Raises:
         BankError: See `train_bank`.
     """
-    plan = BankPlan(
-        n_train=len(data.train_labels),
-        n_models=protocol.n_lds,
-        seed=seed,
-        group_size=protocol.group_size,
-        second_seed_share=protocol.second_seed_share,
-    )
+    plan = lds_plan(protocol, len(data.train_labels), seed)
     return _train(plan, protocol, data, directory, device, compile, keep_weights=False, progress=progress)[0]
 
 
@@ -124,14 +116,7 @@ def trak_checkpoints(
     Raises:
         BankError: See `train_bank`.
     """
-    plan = BankPlan(
-        n_train=len(data.train_labels),
-        n_models=protocol.n_trak,
-        seed=seed,
-        group_size=protocol.group_size,
-        second_seed_share=0.0,
-        role="trak",
-    )
+    plan = trak_plan(protocol, len(data.train_labels), seed)
     _, folder = _train(plan, protocol, data, directory, device, compile, keep_weights=True, progress=progress)
     return load_weights(folder)
 
@@ -202,11 +187,8 @@ def _train(
 ) -> tuple[RetrainingBank, Path]:
     """The bank and its own folder below ``directory``, named after everything that decides its models."""
     fingerprint = bank_fingerprint(protocol.sizes, protocol.recipe, data, device, compile)
-    digest = hashlib.sha256(json.dumps([asdict(plan), fingerprint], sort_keys=True).encode()).hexdigest()
-    folder = Path(directory) / f"{plan.role}-{digest[:12]}"
     trainer = MusicTrainer(data, protocol.sizes, protocol.recipe, device=device, compile=compile)
-    bank = train_bank(plan, trainer, folder, fingerprint=fingerprint, keep_weights=keep_weights, progress=progress)
-    return bank, folder
+    return trained_bank(plan, trainer, directory, fingerprint=fingerprint, keep_weights=keep_weights, progress=progress)
 
 
 __all__ = [

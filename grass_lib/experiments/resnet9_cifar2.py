@@ -5,10 +5,7 @@ Ground truth is the retrained models' negated cross-entropy for each query; attr
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ from torch import Tensor
 
 from grass_lib.errors import UsageError
 from grass_lib.evaluation.plan import BankPlan
-from grass_lib.evaluation.retraining import RetrainingBank, load_weights, train_bank
+from grass_lib.evaluation.retraining import RetrainingBank, load_weights
+from grass_lib.experiments.banks import lds_plan, trained_bank, trak_plan
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data import cifar2
 from grass_lib.experiments.data.cifar2 import Photos, data_problems, load_cifar2
@@ -75,7 +73,7 @@ def train_lds_bank(
     Raises:
         BankError: See `train_bank`.
     """
-    plan = _plan(protocol, data, "lds", protocol.n_lds, protocol.second_seed_share, seed)
+    plan = lds_plan(protocol, len(data.train_y), seed)
     return _train(plan, protocol, data, directory, device, keep_weights=False, progress=progress)[0]
 
 
@@ -104,7 +102,7 @@ def trak_checkpoints(
     Raises:
         BankError: See `train_bank`.
     """
-    plan = _plan(protocol, data, "trak", protocol.n_trak, 0.0, seed)
+    plan = trak_plan(protocol, len(data.train_y), seed)
     _, folder = _train(plan, protocol, data, directory, device, keep_weights=True, progress=progress)
     return load_weights(folder)
 
@@ -150,17 +148,6 @@ def data_fingerprint(scale: str) -> str:
     return cifar2.data_fingerprint(scale)
 
 
-def _plan(protocol: Protocol, data: Photos, role: str, n_models: int, second: float, seed: int) -> BankPlan:
-    return BankPlan(
-        n_train=len(data.train_y),
-        n_models=n_models,
-        seed=seed,
-        group_size=protocol.group_size,
-        second_seed_share=second,
-        role=role,
-    )
-
-
 def _train(
     plan: BankPlan,
     protocol: Protocol,
@@ -173,11 +160,8 @@ def _train(
 ) -> tuple[RetrainingBank, Path]:
     """The bank and its own folder below ``directory``, named after everything that decides its models."""
     fingerprint = bank_fingerprint(protocol.recipe, protocol.sizes, data, protocol.target)
-    digest = hashlib.sha256(json.dumps([asdict(plan), fingerprint], sort_keys=True).encode()).hexdigest()
-    folder = Path(directory) / f"{plan.role}-{digest[:12]}"
     trainer = GroupTrainer(data, protocol.recipe, protocol.sizes, target=protocol.target, device=device)
-    bank = train_bank(plan, trainer, folder, fingerprint=fingerprint, keep_weights=keep_weights, progress=progress)
-    return bank, folder
+    return trained_bank(plan, trainer, directory, fingerprint=fingerprint, keep_weights=keep_weights, progress=progress)
 
 
 __all__ = [

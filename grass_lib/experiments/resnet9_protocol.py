@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from grass_lib.errors import SpecError, UsageError
+from grass_lib.experiments.banks import check_models
 from grass_lib.experiments.data.cifar2 import SIZES, check_choice
 from grass_lib.experiments.mlp_mnist import PAPER_DAMPINGS, RELATIVE_DAMPINGS
 from grass_lib.experiments.mlp_trainer import Target
@@ -151,11 +152,7 @@ def protocol(
         raise UsageError(f"recipe is {recipe!r}; expected one of {', '.join(RECIPES[scale])}")
     if masks not in MASKS:
         raise UsageError(f"masks is {masks!r}; expected one of {', '.join(map(repr, MASKS))}")
-    if n_lds < 0 or n_trak < 0 or n_lds in (1, 2):
-        raise UsageError(
-            f"n_lds is {n_lds} and n_trak {n_trak}; expected 0 for the scale's own numbers, or at least 3 LDS models "
-            "and 1 TRAK model"
-        )
+    check_models(n_lds, n_trak)
     if target not in ("loss", "margin"):
         raise UsageError(f"target is {target!r}; expected loss or margin")
     n_train, n_query = SIZES[scale]
