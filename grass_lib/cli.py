@@ -269,7 +269,8 @@ def ledger(
 
     Only verified runs at paper scale count as measured.
     """
-    from grass_lib.report.ledger import METRICS, THROUGHPUT, ledger_rows
+    from grass_lib.report.claims import THROUGHPUT
+    from grass_lib.report.ledger import METRICS, ledger_rows
     from grass_lib.runner.collect import verified_records
 
     rows = ledger_rows(verified_records(scale="paper"))

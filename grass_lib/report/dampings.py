@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from grass_lib.report.ledger import like_for_like
+from grass_lib.report.matching import like_for_like
 from grass_lib.report.published import published_rows
 from grass_lib.report.schema import RunRecord
 from grass_lib.report.style import experiment_title

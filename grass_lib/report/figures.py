@@ -281,8 +281,8 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     """
     from grass_lib.report import masks
     from grass_lib.report.influence_tables import split_figure, split_rows
-    from grass_lib.report.ledger import Measured
     from grass_lib.report.masks import mask_rows
+    from grass_lib.report.matching import Measured
     from grass_lib.report.published import published_rows
 
     published = published_rows(record.experiment) if record.scale == "paper" else []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.errors import RecordError
 from grass_lib.report.figures import FORMATS, save_figure
+from grass_lib.report.results import read_result
 from grass_lib.report.style import METHODS, NEUTRAL, figure_style
 
 if TYPE_CHECKING:
@@ -33,14 +32,10 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         RecordError: The benchmark is missing or has no lines.
     """
-    path = folder / RESULT
-    if not path.is_file():
-        raise RecordError(f"{RESULT} is not in {folder.name}; `grass bench projections --json PATH` writes it")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not result.get("lines"):
-        raise RecordError(f"{path.name} has no lines; run `grass bench projections` again")
-    quality = folder / QUALITY
-    return result, json.loads(quality.read_text(encoding="utf-8")) if quality.is_file() else None
+    result, quality = read_result(folder / RESULT, "lines", "grass bench projections --json PATH"), folder / QUALITY
+    if not quality.is_file():
+        return result, None
+    return result, read_result(quality, "lines", "python benchmarks/blocksjlt_quality.py")
 
 
 def _look(family: str, backend: str) -> tuple[str, str, str]:

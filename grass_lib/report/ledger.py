@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from grass_lib.project import project_root
+from grass_lib.report.claims import THROUGHPUT, claim_row
+from grass_lib.report.matching import Measured, RowIndex, choices_text, like_for_like
 from grass_lib.report.published import published_claims, published_rows
 from grass_lib.report.schema import RunRecord
 from grass_lib.report.style import reference_method, stage_text
@@ -17,118 +14,23 @@ from grass_lib.report.tables import seconds_ratios
 
 #: Largest difference of two LDS values that still counts as the same, whatever the interval.
 TOLERANCE = 0.02
-#: Parameters of notebooks whose default, 0, stands for the paper's own number.
-PROTOCOL_PARAMETERS = ("n_lds_models", "n_trak_models")
 METRICS = ("lds", "projection_seconds")
-THROUGHPUT = "throughput_percent_faster"
 #: Metrics in words.
 METRIC_TITLES = {
     "lds": "LDS",
     "projection_seconds": "projection time (s)",
     THROUGHPUT: "throughput, % faster than LoGra",
 }
-#: Studies whose rows stand for those of a pair: the published masks were one for all networks, and learned.
-STUDIES = {"mlp_masks": "mlp_mnist"}
 #: Commands whose runs have selective masks, where that is not the pair's own.
 SELECTIVE = {
     "mlp_mnist": "grass run mlp_masks --scale paper",
     "resnet9_cifar2": "grass run resnet9_cifar2 --scale paper -p masks=energy",
 }
-#: Parameters that choose other data, another model or another training than the paper's, quoted in reasons.
-CHOICES = ("data", "base", "recipe", "masks")
-FIELDS = (
-    "experiment",
-    "attributor",
-    "sparsification",
-    "projection",
-    "k",
-    "metric",
-    "published",
-    "measured",
-    "interval",
-    "operator",
-    "data",
-    "verdict",
-    "reason",
-    "run_id",
-)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A result row of ours with the record that it comes from."""
-
-    record: RunRecord
-    row: Mapping[str, Any]
-
-    @property
-    def substitute(self) -> str | None:
-        """What stands in for the paper's data or weights, if anything."""
-        if self.record.data["kind"] == "substitute":
-            return "data"
-        return "weights" if self.record.extra.get("weights") == "substitute" else None
-
-    @property
-    def changed(self) -> str:
-        """Parameters that make the run another protocol than the paper's, as ``name=value``."""
-        given = self.record.parameters
-        return ", ".join(f"{name}={given[name]}" for name in PROTOCOL_PARAMETERS if given.get(name))
-
-    @property
-    def choices(self) -> str:
-        """The parameters `CHOICES` in brackets where the run has them, such as `` (data=official, base=hub)``."""
-        return choices_text(self.record)
-
-
-def choices_text(record: RunRecord) -> str:
-    """The values of `CHOICES` among a run's parameters, in brackets; nothing where it has none."""
-    found = ", ".join(f"{name}={record.parameters[name]}" for name in CHOICES if record.parameters.get(name))
-    return f" ({found})" if found else ""
-
-
-def like_for_like(projection: str) -> str:
-    """The projection of ours that computes what the published one did.
-
-    The published rows called ``fjlt`` were made with ``fast_jl``, a dense Rademacher projection (TRAK's package).
-
-    Args:
-        projection: a published projection.
-    """
-    return projection.replace("fjlt-", "rademacher-", 1) if projection.startswith("fjlt-") else projection
 
 
 def _family(sparsification: str, projection: str) -> str:
     text = sparsification if projection == "identity" else projection
     return text.split("-", 1)[0]
-
-
-class _Index:
-    """Result rows by experiment, attributor and compression; the first record that has one wins."""
-
-    def __init__(self, records: Iterable[RunRecord]) -> None:
-        self.records = [record for record in records if record.scale == "paper"]
-
-    @cached_property
-    def rows(self) -> dict[tuple[str, str, str, str], list[Measured]]:
-        found: dict[tuple[str, str, str, str], list[Measured]] = {}
-        for record in self.records:
-            pair = STUDIES.get(record.experiment, record.experiment)
-            for row in record.results:
-                if "way" in row and not (row["way"] == "learned" and row["shared"]):
-                    continue
-                key = (pair, row["attributor"], row["sparsification"], row["projection"])
-                found.setdefault(key, []).append(Measured(record, row))
-        return found
-
-    def find(self, published: Mapping[str, Any], projection: str, metric: str) -> Measured | None:
-        """Ours for a published row: of the first record that has one, the paper's damping convention if it has both."""
-        key = (published["experiment"], published["attributor"], published["sparsification"], projection)
-        having = [item for item in self.rows.get(key, ()) if item.row.get(metric) is not None]
-        same = [item for item in having if item.record is having[0].record]
-        return min(same, key=lambda item: item.row.get("damping_convention") != "paper", default=None)
-
-    def known(self, experiment: str) -> RunRecord | None:
-        return next((record for record in self.records if record.experiment == experiment), None)
 
 
 def _value(item: Measured, metric: str) -> float:
@@ -139,7 +41,7 @@ def _text_interval(interval: list[float] | None) -> str:
     return f", 95 % interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
-def _not_run(index: _Index, published: Mapping[str, Any], projection: str, registered: Iterable[str]) -> str:
+def _not_run(index: RowIndex, published: Mapping[str, Any], projection: str, registered: Iterable[str]) -> str:
     experiment = published["experiment"]
     record = index.known(experiment)
     selective = "selective" in published["sparsification"] or "selective" in projection
@@ -155,7 +57,7 @@ def _not_run(index: _Index, published: Mapping[str, Any], projection: str, regis
     return f"{run} has no such row; make one with `grass run {experiment} --scale paper {stages}`"
 
 
-def _beside(index: _Index, published: Mapping[str, Any], metric: str) -> str:
+def _beside(index: RowIndex, published: Mapping[str, Any], metric: str) -> str:
     """For a published fjlt row: what our own fjlt, another operator, gives."""
     ours = index.find(published, published["projection"], metric)
     if ours is None:
@@ -246,7 +148,7 @@ def _ratio(published: Mapping[str, Any], item: Measured) -> str:
     return text
 
 
-def _row(index: _Index, published: Mapping[str, Any], metric: str, registered: Iterable[str]) -> dict[str, Any]:
+def _row(index: RowIndex, published: Mapping[str, Any], metric: str, registered: Iterable[str]) -> dict[str, Any]:
     projection = like_for_like(published["projection"])
     item = index.find(published, projection, metric)
     row: dict[str, Any] = {
@@ -286,68 +188,6 @@ def _row(index: _Index, published: Mapping[str, Any], metric: str, registered: I
     }
 
 
-def _claim_row(index: _Index, claim: Mapping[str, Any], registered: Iterable[str]) -> dict[str, Any]:
-    """The throughput claim; ours is the record's note `throughput_percent_faster`."""
-    stated = re.search(r"(\d+(?:\.\d+)?) ?%", claim["claim"])
-    record = index.known(claim["experiment"])
-    measured = None if record is None else record.extra.get(THROUGHPUT)
-    bench = None if measured is not None else throughput_bench(claim["experiment"])
-    published = float(stated[1]) if stated else None
-    row = dict.fromkeys(FIELDS) | {
-        "experiment": claim["experiment"],
-        "attributor": "influence_efim",
-        "metric": THROUGHPUT,
-        "published": published,
-        "operator": "factgrass",
-        "verdict": "not run",
-    }
-    stated_text = f"claimed: {claim['claim']} ({claim['protocol']})"
-    if bench is not None and published is not None:
-        found = float(bench[THROUGHPUT])
-        return {
-            **row,
-            "measured": found,
-            "data": "substitute",
-            "verdict": "not comparable",
-            "reason": f"{found:.0f} % faster than LogIX's LoGra, curvature included, on {bench['device']}; weights and "
-            f"tokens are random substitutes, on which throughput does not depend ({bench['command']}, "
-            f"{bench['date']}); {stated_text}",
-        }
-    if record is None or measured is None or published is None:
-        command = "`grass bench systems --shape llama --json book/measured/systems-llama.json`"
-        missing = (
-            "has no notebook in this version"
-            if claim["experiment"] not in registered
-            else f"was not measured beside LogIX; {command} does that"
-        )
-        return {**row, "reason": f"{claim['experiment']} {missing}; {stated_text}"}
-    substitute = Measured(record, {}).substitute
-    verdict = "not comparable" if substitute else "reproduced" if measured >= published else "differs"
-    prefix = f"substitute {substitute}; " if substitute else ""
-    reason = f"{prefix}{measured:.0f} % faster here than LoGra on the same device; {stated_text}"
-    return {
-        **row,
-        "measured": float(measured),
-        "data": record.data["kind"],
-        "verdict": verdict,
-        "reason": reason,
-        "run_id": record.run_id,
-    }
-
-
-def throughput_bench(experiment: str) -> dict[str, Any] | None:
-    """The committed result of ``grass bench systems`` on a claim's shape; None where there is none from a GPU.
-
-    Args:
-        experiment: of the claim.
-    """
-    path = project_root() / "book" / "measured" / f"systems-{experiment.split('_')[0].rstrip('0123456789')}.json"
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found.get("device_type") == "cuda" and found.get(THROUGHPUT) is not None else None
-
-
 def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
     """One row per published figure and metric, and one per published claim.
 
@@ -363,7 +203,7 @@ def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
     """
     from grass_lib.experiments import EXPERIMENTS
 
-    index = _Index(records)
+    index = RowIndex(records)
     registered = frozenset(EXPERIMENTS)
     rows = [_row(index, published, metric, registered) for published in published_rows() for metric in METRICS]
-    return rows + [_claim_row(index, claim, registered) for claim in published_claims()]
+    return rows + [claim_row(index, claim, registered) for claim in published_claims()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.report.ledger import STUDIES
+from grass_lib.report.matching import STUDIES
 from grass_lib.report.tables import Row, interval_text
 
 if TYPE_CHECKING:

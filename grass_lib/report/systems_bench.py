@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grass_lib.errors import RecordError
+from grass_lib.report.results import read_result
 
 SHAPES = {
     "gpt2": "GPT-2 small's shape, blocks of 512 tokens",
@@ -29,10 +28,7 @@ def load_systems(folder: Path, shape: str) -> dict[str, Any] | None:
     path = folder / f"systems-{shape}.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not found.get("rows"):
-        raise RecordError(f"{path.name} has no rows; run `grass bench systems --shape {shape}` again")
-    return found
+    return read_result(path, "rows", f"grass bench systems --shape {shape}")
 
 
 def systems_markdown(result: Mapping[str, Any]) -> str:

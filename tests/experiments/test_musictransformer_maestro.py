@@ -61,7 +61,7 @@ def test_scales_are_those_of_the_design():
 
 
 def test_paper_scale_has_every_published_row():
-    from grass_lib.report.ledger import like_for_like
+    from grass_lib.report.matching import like_for_like
     from grass_lib.report.published import published_rows
 
     ours = {str(spec) for spec in experiment.protocol("paper").compressions()}

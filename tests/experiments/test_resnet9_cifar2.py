@@ -212,7 +212,7 @@ def test_scales_are_those_of_the_paper():
 
 
 def test_specs_are_those_of_the_published_rows():
-    from grass_lib.report.ledger import like_for_like
+    from grass_lib.report.matching import like_for_like
     from grass_lib.report.published import published_rows
 
     wanted = set()

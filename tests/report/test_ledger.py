@@ -3,7 +3,8 @@ import shlex
 
 import pytest
 
-from grass_lib.report.ledger import FIELDS, METRIC_TITLES, ledger_rows
+from grass_lib.report.claims import FIELDS
+from grass_lib.report.ledger import METRIC_TITLES, ledger_rows
 from grass_lib.report.published import published_rows
 from grass_lib.report.schema import RunRecord
 

@@ -7,8 +7,9 @@ import torch
 
 from grass_lib.baselines import BergsonOptions, DattriOptions, KronfluenceOptions, LogIXOptions, OursOptions, Outcome
 from grass_lib.errors import RecordError
-from grass_lib.report import ledger, systems
-from grass_lib.report.ledger import FIELDS, THROUGHPUT, ledger_rows
+from grass_lib.report import claims, systems
+from grass_lib.report.claims import FIELDS, THROUGHPUT
+from grass_lib.report.ledger import ledger_rows
 from grass_lib.report.schema import check_row
 from grass_lib.report.systems_bench import SHAPES, load_systems, systems_markdown, write_systems_parts
 from grass_lib.report.tables import table_html
@@ -97,7 +98,7 @@ def test_a_page_of_the_benchmark(tmp_path):
 
 @pytest.mark.parametrize("faster", [170.0, 90.0])
 def test_the_claim_is_measured_by_the_benchmark(tmp_path, monkeypatch, faster):
-    monkeypatch.setattr(ledger, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(claims, "project_root", lambda: tmp_path)
     folder = tmp_path / "book" / "measured"
     folder.mkdir(parents=True)
     (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
