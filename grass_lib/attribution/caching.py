@@ -228,13 +228,16 @@ def sample_bytes(layers: Mapping[str, int], dtype: torch.dtype) -> int:
 
 
 def default_shard_size(batch: int, size: int) -> int:
-    """The largest multiple of the batch size up to 1,024 samples and 256 MiB, or the batch size.
+    """The largest multiple of the batch size up to 1,024 samples and 256 MiB by a power of two, or the batch size.
+
+    A power of two, so that batches of half the size, or of a few times the size, fit the shards too.
 
     Args:
         batch: Samples in a batch.
         size: Bytes of a sample.
     """
-    return max(min(_SHARD_SIZE, _SHARD_BYTES // size) // batch * batch, batch)
+    most = min(_SHARD_SIZE, _SHARD_BYTES // size) // batch
+    return batch * 2 ** max(most.bit_length() - 1, 0)
 
 
 def check_compile(compile: Compile, deterministic: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from grass_lib.attribution.caching import ShardCache, check_order
 from grass_lib.attribution.curvature import Curvature, reduce_curvature
 from grass_lib.attribution.origin import KeptStore
-from grass_lib.attribution.preconditioner import primal_layers
+from grass_lib.attribution.preconditioner import LayerBasis, primal_layers
 from grass_lib.attribution.scoring import clocked
 from grass_lib.deterministic import deterministic_kernels, is_deterministic
 from grass_lib.errors import UsageError
@@ -27,9 +27,9 @@ class StoreFiller:
     """Walks over the training set and writes the shards that are missing.
 
     Attributes:
-        walks: How many were begun that had something to compute.
         curvature: Sums of all rows, where the last walk computed all of them and they were wanted; whoever takes them
             sets None.
+        bases: For whoever decomposes the curvature: kept here because a walk makes them void, and frees them first.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class StoreFiller:
         self._gradients, self._kept, self._timings = gradients, kept, timings
         self._sums, self._deterministic, self._ranks, self._progress = sums, deterministic, ranks, progress
         self._strict: bool | None = None
-        self.walks = 0
         self.curvature: Curvature | None = None
+        self.bases: dict[str, LayerBasis] | None = None
 
     def __call__(self, loader: Iterable[Batch], n_samples: int | None, worker: int, n_workers: int) -> None:
         """One walk, where something is missing.
@@ -94,13 +94,11 @@ class StoreFiller:
         todo = self._ranks.tell(len(missing))
         if not any(todo):
             return
-        self.walks += 1
         # Rows that are there already would have to be read now; once at the end is enough, and gives the same bits (but
         # for the order of sums over several ranks).
-        curvature = None
+        self.curvature = self.bases = curvature = None
         if self._sums is not None and sum(todo) == store.n_shards:
             curvature = Curvature(primal_layers(store), self._gradients.device, self._sums)
-        self.curvature = None
         cache = ShardCache(self._gradients, store, curvature)
         # All ranks take part in every pass of a model whose weights are sharded: those with fewer have idle ones.
         passes = cache.passes(size, worker, n_workers) if is_sharded(self._gradients.model) else 0
@@ -116,9 +114,10 @@ class StoreFiller:
 
     def warm_up(self, batch: Batch) -> None:
         """Compiles and records the step for batches of this shape; nothing is kept."""
-        self._settle(batch)
-        with self._kernels():
-            self._gradients(batch)
+        with self._ranks.together("warming up"):
+            self._settle(batch)
+            with self._kernels():
+                self._gradients(batch)
 
     def _settle(self, batch: Batch) -> None:
         """Finds out, once and by a pass whose results nobody needs, how strictly kernels can be deterministic."""
@@ -134,9 +133,8 @@ class StoreFiller:
 
     def _walk(self, cache: ShardCache, store: Store, batches: Iterable[Batch], **work: int) -> None:
         """Computes a worker's missing shards, and keeps the time."""
-        before = self._gradients.timings
+        self._gradients.restart_clocks()
         with self._kernels(), progress_bar(store.n_samples, "gradients", self._progress) as bar:
             cache.run(batches, bar, **work)
-        after = self._gradients.timings
-        self._timings.update(cache.seconds | {name: after[name] - before[name] for name in after})
+        self._timings.update(cache.seconds | self._gradients.timings)
         self._timings["samples"] = float(cache.samples)

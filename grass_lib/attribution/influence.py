@@ -17,8 +17,9 @@ from grass_lib.attribution.ranking import TopK, TopKMerge
 from grass_lib.attribution.scoring import Scorer, clocked
 from grass_lib.attribution.solve import damping_grid
 from grass_lib.errors import UsageError
-from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
+from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.layers import LayerChoice
+from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
@@ -102,8 +103,8 @@ class InfluenceFunction:
             masks: For selective types: ``{"layer/output": Mask, "layer/input": Mask}``.
             matrices: Instead of drawn ones, as in ``FactoredGradients``.
             backend: Of stage 2, as in ``build_projector``.
-            shard_size: Samples per shard, a multiple of the batch size; None for the largest up to 1,024 samples and
-                256 MiB (or that of the store that is there).
+            shard_size: Samples per shard, a multiple of the batch size; None for the largest by a power of two up to
+                1,024 samples and 256 MiB (or that of the store that is there).
             deterministic: Asks for deterministic kernels while caching on a GPU, so that a run that was killed ends
                 with the same bits; attention then takes a little longer.
             compile: Compiles the pass over the training set, and records it on a GPU; ``"blocks"`` compiles one block
@@ -168,8 +169,6 @@ class InfluenceFunction:
             given=fingerprint,
             source=source,
         )
-        self._bases: dict[str, LayerBasis] = {}
-        self._bases_walk = -1
         self.timings: dict[str, float] = dict.fromkeys((*_SECONDS, "samples"), 0.0)
         self.residuals: dict[str, float] = {}
         self._filler = StoreFiller(
@@ -220,7 +219,7 @@ class InfluenceFunction:
         """Compiles and records the step of :meth:`cache`, which then begins at full speed; nothing is kept.
 
         Args:
-            batch: Of the shape of those that will be cached.
+            batch: Of the shape of those that will be cached. With ``ranks`` all of them give one.
         """
         self._filler.warm_up(batch)
 
@@ -308,7 +307,7 @@ class InfluenceFunction:
         """Eigenvectors of this rank's layers, computed at first use; None for hessian "Identity"."""
         if self.hessian == "Identity":
             return None
-        if self._bases_walk != self._filler.walks:
+        if self._filler.bases is None:
             own = [name for place, name in enumerate(store.layers) if self._ranks.owns(place)]
             with (
                 self._ranks.together("decomposing the curvature"),
@@ -319,8 +318,8 @@ class InfluenceFunction:
                 # The sums are used up on the way, and so are not there for a second attempt.
                 curvature, self._filler.curvature = self._filler.curvature, None
                 bases = decompose(store, own, curvature, self.device, solve=solve, keep=keep)
-            self._bases, self._bases_walk = bases, self._filler.walks
+            self._filler.bases = bases
             told = self._ranks.tell({name: basis.residual for name, basis in bases.items()})
             found = {name: value for part in told for name, value in part.items()}
             self.residuals = {name: found[name] for name in store.layers}
-        return self._bases
+        return self._filler.bases

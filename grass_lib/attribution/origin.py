@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from grass_lib import __version__
 from grass_lib.attribution.caching import default_shard_size, sample_bytes
 from grass_lib.errors import UsageError
-from grass_lib.gradients.factored import FactoredGradients, LayerMasks, LayerMatrices
+from grass_lib.gradients.factored import FactoredGradients
+from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
 from grass_lib.projection import Mask
 from grass_lib.ranks import is_distributed
@@ -106,10 +107,12 @@ class KeptStore:
         default = default_shard_size(batch, sample_bytes(self._gradients.sizes, self._dtype))
         shard_size = self._shard_size or (there.shard_size if there else default)
         if shard_size < n_samples and shard_size % batch:
-            raise UsageError(
-                f"shards of {shard_size} samples are cut within batches of {batch}; expected a shard_size that is a "
-                f"multiple of the batch size, for example {default}"
+            wanted = (
+                "a batch size that divides it, since the store is there"
+                if there
+                else f"a shard_size that is a multiple of the batch size, for example {default}"
             )
+            raise UsageError(f"shards of {shard_size} samples are cut within batches of {batch}; expected {wanted}")
         store = self._store = self._opened(there, n_samples, shard_size, replace=True)
         return store
 

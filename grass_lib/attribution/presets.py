@@ -13,8 +13,8 @@ from torch import nn
 from grass_lib.attribution.influence import InfluenceFunction
 from grass_lib.attribution.preconditioner import Precision
 from grass_lib.errors import UsageError
-from grass_lib.gradients.factored import LayerMasks, LayerMatrices
 from grass_lib.gradients.layers import LayerChoice
+from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
 from grass_lib.gradients.passes import Compile
 from grass_lib.specs import CompressionSpec

@@ -197,7 +197,8 @@ class OursOptions(Options):
         CompressionSpec.parse(self.spec)
         parse_hessian(self.hessian)
         _choose("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _choose("compile", str(self.compile), ("True", "False", "blocks"))
+        if self.compile not in (True, False, "blocks"):
+            raise UsageError(f"compile is {self.compile!r}; expected True, False or 'blocks'")
 
     @property
     def label(self) -> str:

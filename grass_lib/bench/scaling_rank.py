@@ -171,7 +171,6 @@ class Rank:
             "seconds": end - start,
             "peak_bytes": self._peak(),
             "samples": int(influence.timings["samples"]),
-            "timings": dict(influence.timings),
             "layers": len(influence.sizes),
             "k": influence.k,
         }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grass_lib.attribution.caching import ShardCache
+from grass_lib.attribution.caching import ShardCache, default_shard_size, sample_bytes
 from grass_lib.attribution.curvature import Curvature
 from grass_lib.bench.throughput_check import cosines, kept_positions, score_agreement
 from grass_lib.bench.throughput_model import BenchModel
@@ -35,8 +35,6 @@ from grass_lib.store import GradientStore
 logger = logging.getLogger(__name__)
 
 _WARM_UP = 3
-_PINNED_SHARD = 2**28
-"""Bytes of a shard: two of them stay in pinned memory, which makes copies to the host wait for nothing."""
 
 
 class Throughput:
@@ -176,8 +174,8 @@ class Throughput:
         plan, gradients = self._plan, self._gradients(spec, head, fp8=fp8, compiled=compiled)
         row = Row("caching", str(spec), len(gradients.sizes), hessian, size, fp8=fp8)
         row.note = "not compiled" if not compiled and self._device.type == "cuda" else ""
-        row_bytes = 2 * gradients.k
-        shard = max(size, min(plan.samples, _PINNED_SHARD // row_bytes) // size * size)
+        # Two shards of that size stay in pinned memory, which makes copies to the host wait for nothing.
+        shard = default_shard_size(size, sample_bytes(gradients.sizes, torch.bfloat16))
         folder = plan.folder / f"{spec.slug}-{len(gradients.sizes)}-{size}-{hessian}{'-fp8' if fp8 else ''}"
         shutil.rmtree(folder, ignore_errors=True)
         store = GradientStore.create(

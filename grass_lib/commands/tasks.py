@@ -12,7 +12,7 @@ from grass_lib.errors import StoreError, UsageError
 if TYPE_CHECKING:
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import AttributionTask
-    from grass_lib.gradients.factored import LayerMasks
+    from grass_lib.gradients.maps import LayerMasks
     from grass_lib.ranks import Ranks
 
 SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")

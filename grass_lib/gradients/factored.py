@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from grass_lib.errors import SpecError, UsageError
-from grass_lib.gradients.capture import NORMS, LayerCapture
+from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.fp8 import check_fp8
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.graph import RecordedStep, shapes_of
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, output_layer
+from grass_lib.gradients.maps import LayerMaps, LayerMasks, LayerMatrices
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
-from grass_lib.gradients.sides import Side, build_side, given_side
+from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
-from grass_lib.projection import GivenProjector, Mask, Projector, build_projector
-from grass_lib.specs import CompressionSpec, StageSpec
-
-LayerMasks: TypeAlias = Mapping[str, Mask | str | Path]
-LayerMatrices: TypeAlias = Mapping[str, Tensor]
-"""``{"layer/output": (d_out, k1), "layer/input": (d_in, k2), "layer": (k1 * k2, k)}``, applied as ``x @ matrix``."""
+from grass_lib.projection import Projector
+from grass_lib.specs import CompressionSpec
 
 
 class FactoredGradients:
@@ -53,8 +48,6 @@ class FactoredGradients:
         include_head: Whether the output layer of a language model is among them.
         fp8: Whether the products of the blocks' linear layers run in FP8.
         device: Where gradients are computed.
-        compiled_size: Samples in a batch for which the compiled pass or the recorded step is used, as many as in the
-            first batch where it is not set; other batches run as they are.
     """
 
     def __init__(
@@ -130,19 +123,15 @@ class FactoredGradients:
         modules = dict(model.named_modules())
         self._captures: dict[str, LayerCapture] = {}
         self._stage2s: dict[str, Projector | None] = {}
-        unused, self._given = set(masks or ()) | set(matrices or ()), dict(matrices or {})
+        maps = LayerMaps(
+            self.spec, seed=seed, device=self.device, dtype=dtype, masks=masks, matrices=matrices, backend=backend
+        )
         for name, shape in shapes.items():
-            out = self._side(name, "output", shape, seed, masks, unused)
-            into = self._side(name, "input", shape, seed, masks, unused)
+            out, into = maps.side(name, "output", shape), maps.side(name, "input", shape)
             weight = next(modules[name].parameters(recurse=False))
             self._captures[name] = LayerCapture(name, shape, out, into, weight.dtype)
-            self._stage2s[name] = self._build_stage2(name, self._captures[name].size, seed, backend, unused)
-        if unused:
-            raise UsageError(
-                f"masks or matrices has entries for {', '.join(sorted(unused)[:4])}, which {self.spec} does not use "
-                "here; expected 'LAYER/output' and 'LAYER/input' of captured layers, masks for a selective type, "
-                "matrices for a dense one, and 'LAYER' for a matrix of the projection"
-            )
+            self._stage2s[name] = maps.stage2(name, self._captures[name].size)
+        maps.check_all_used()
         self.layers: dict[str, LayerShape] = shapes
         self.sizes = {
             name: capture.size if (second := self._stage2s[name]) is None else second.k
@@ -168,9 +157,23 @@ class FactoredGradients:
         self._uses: tuple[object, Sides] | None = None
         self._together = Together(self._captures, self._stage2s)
         self._recorded: RecordedStep | None = None
-        self.compiled_size: int | None = None
+        self._compiled_size: int | None = None
         self._samples = self._first_samples = 0
         self._first: dict[str, float] = {}
+
+    @property
+    def compiled_size(self) -> int | None:
+        """Samples in a batch for which the compiled pass or the recorded step is used; other batches run as they are.
+
+        As many as in the first batch where it is not set. Another size forgets what was recorded.
+        """
+        return self._compiled_size
+
+    @compiled_size.setter
+    def compiled_size(self, size: int) -> None:
+        if size != self._compiled_size:
+            self._recorded = self._uses = None
+        self._compiled_size = size
 
     @property
     def backends(self) -> dict[str, str]:
@@ -191,7 +194,7 @@ class FactoredGradients:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds so far: ``gradients`` (forward and backward pass) and ``compression`` (both stages).
+        """Seconds since the last `restart_clocks`: ``gradients`` (forward, backward) and ``compression`` (both stages).
 
         The first batch, in which kernels are compiled and tables packed, counts like the later ones, by its samples.
         The parts of a compiled pass or a recorded step cannot be told apart; they count with the gradients.
@@ -201,6 +204,13 @@ class FactoredGradients:
         if later > 0:
             seconds = {name: (value - self._first[name]) * self._samples / later for name, value in seconds.items()}
         return seconds
+
+    def restart_clocks(self) -> None:
+        """Lets `timings` begin anew, above all once everything is compiled."""
+        for meter in filter(None, (self._stage1_meter, self._stage2_meter, self._total_meter)):
+            meter.reset()
+        self._samples = self._first_samples = 0
+        self._first = {}
 
     def _seconds(self) -> dict[str, float]:
         first = 0.0 if self._stage1_meter is None else self._stage1_meter.seconds
@@ -324,41 +334,6 @@ class FactoredGradients:
             return rows
         torch._foreach_mul_(list(rows.values()), [self._captures[name].scale for name in rows])  # pyright: ignore[reportPrivateImportUsage]
         return rows
-
-    def _side(
-        self, name: str, side: str, shape: LayerShape, seed: int, masks: LayerMasks | None, unused: set[str]
-    ) -> Side:
-        stage = self.spec.sparsification
-        if shape.kind in NORMS and side == "input":
-            stage = StageSpec("identity")
-        place = 0 if side == "output" else 1
-        key, d = f"{name}/{side}", shape.d_out if place == 0 else shape.d_in
-        mask = (masks or {}).get(key)
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        given = key in self._given and not (stage.is_mask or stage.is_identity)
-        if mask is not None or given:
-            unused.discard(key)
-        if given:
-            return given_side(stage, place, d, self._given[key].to(self.device, wide), name=key)
-        return build_side(
-            stage,
-            place,
-            d,
-            name=key,
-            seed=seed,
-            device=self.device,
-            dtype=wide,
-            mask=Mask.load(mask) if isinstance(mask, str | Path) else mask,
-        )
-
-    def _build_stage2(self, name: str, size: int, seed: int, backend: str, unused: set[str]) -> Projector | None:
-        stage = self.spec.projection
-        if stage.k is None or stage.k >= size:
-            return None
-        if name in self._given:
-            unused.discard(name)
-            return GivenProjector(stage, self._given[name], p=size, name=name, device=self.device, dtype=self.dtype)
-        return build_projector(stage, size, seed=seed, name=name, device=self.device, dtype=self.dtype, backend=backend)
 
 
 def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -38,6 +38,11 @@ class Meter:
             if len(self._pairs) >= _PAIRS:
                 self._drain()
 
+    def reset(self) -> None:
+        """Starts at 0 again."""
+        self._seconds = 0.0
+        self._pairs.clear()
+
     @property
     def seconds(self) -> float:
         """The sum so far; waits for the device."""

@@ -39,8 +39,11 @@ class OursAdapter(Adapter):
     def warm_up(self) -> None:
         """Runs the step itself."""
         self._cached = self._influence("store")
-        for batch in self._loader(self.workload.train_ids)[: self.workload.warm_up]:
-            self._cached.warm_up(batch)
+        # Whole batches: a shorter one would be another step to compile.
+        size = self.workload.batch_size
+        for part in self.workload.train_ids.split(size)[: self.workload.warm_up]:
+            if len(part) == size:
+                self._cached.warm_up({"input_ids": part, "labels": part})
 
     def cache(self) -> None:
         """Fills the store; the sums of the curvature grow in the same walk."""
