@@ -12,7 +12,8 @@ captured. One row for each way:
 - ``cublaslt``: compiled, with products by cuBLASLt;
 - ``autotuned``: compiled, with products by whatever was fastest when it was compiled (takes minutes; not by default).
 
-The matrix products are 12 of 13 parts of the arithmetic; the last columns say what they take and how fast they are.
+Nearly all of the arithmetic is in matrix products; the last columns say what they take and how fast they are. Products
+that autotuning makes in Triton count as compiled code.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from grass_lib.experiments.models.llama import SHAPES, llama_config, random_llam
 
 WAYS = ("plain", "compiled", "deterministic", "joined", "cublaslt", "autotuned")
 KINDS = {
-    "attention": ("flash", "fmha", "cudnn", "attention"),
     "compiled code": ("triton",),
+    "attention": ("flash", "fmha", "cudnn", "attention"),
     "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma"),
 }
-"""Parts of kernels' names; attention has products in its own, and is looked for first."""
+"""Parts of kernels' names, looked for in this order: attention has products in its own."""
 
 
 class _Joined:
@@ -127,6 +128,9 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS[:-1]))
     parser.add_argument("--out", type=Path, default=Path("decoder_step.json"))
     arguments = parser.parse_args()
+    unknown = set(arguments.ways.split(",")) - set(WAYS)
+    if unknown:
+        parser.error(f"--ways has {', '.join(sorted(unknown))}; expected some of {', '.join(WAYS)}")
     device = torch.device("cuda")
     sizes = replace(SHAPES[arguments.shape], layers=arguments.layers, vocabulary=1024)
     model: Any = random_llama(llama_config(sizes), device=device, dtype=torch.bfloat16)

@@ -203,9 +203,12 @@ def pair_sections(rows: Sequence[LedgerRow], shown: Mapping[str, Sequence[str]])
     for pair in PAIRS:
         counts = Counter(row["verdict"] for row in rows if row["experiment"] == pair.name and row["metric"] == "lds")
         total = sum(counts.values())
-        compared = total - counts["not run"]
+        measured, apart = total - counts["not run"], counts["not comparable"]
         if total:
-            published = f"{total} published LDS values, {_words(compared)} of them compared with a measurement"
+            published = f"{total} published LDS values, {_words(measured)} of them with a measurement beside"
+            if apart:
+                which = "all" if apart == measured else _words(apart)
+                published += f", {which} on other data or weights than the paper's"
         else:
             published = "one published claim, on throughput"
         links = ", ".join(f"{{doc}}`{doc}`" for doc in shown.get(pair.name, ()))

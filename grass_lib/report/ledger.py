@@ -91,7 +91,7 @@ def _mask_text(item: Measured) -> str:
         ]
         spread = f", the first of {len(seeds)} seeds ({min(seeds):.4f} to {max(seeds):.4f})" if len(seeds) > 1 else ""
         return f"; one mask for all networks, learned at the first trained one{spread}"
-    return f"; masks chosen by {item.row['masks']} at the trained model" if item.row.get("masks") else ""
+    return f"; masks of the kind {item.row['masks']!r}, at the trained model" if item.row.get("masks") else ""
 
 
 def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
@@ -123,10 +123,10 @@ def _judge_lds(published: Mapping[str, Any], item: Measured) -> tuple[str, str]:
         which = "half the interval" if half > TOLERANCE else "the tolerance"
         return "reproduced", f"difference {difference:+.4f} is within {which}, {allowed:.4f}{detail}"
     side = "above" if difference > 0 else "below"
+    limit = "half the interval" if half > TOLERANCE else f"the tolerance; half the interval is {half:.4f}"
     return (
         "differs",
-        f"{abs(difference):.4f} {side} the published value, more than the {allowed:.4f} allowed "
-        f"(half the interval is {half:.4f}){detail}",
+        f"{abs(difference):.4f} {side} the published value, more than the {allowed:.4f} allowed ({limit}){detail}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,29 @@ def goal_table(result: Result) -> str:
     """The goals and what was measured, as a Markdown table."""
     lines = ["| goal | limit | measured | verdict |", "| --- | --- | --- | --- |"]
     for goal in result["goals"]:
-        sign, unit = ("at most" if goal["at_most"] else "at least"), f" {goal['unit']}".rstrip()
-        found = "nothing to compare" if goal["measured"] is None else f"{goal['measured']:.3g}{unit}"
+        part, _, rest = goal["goal"].partition(": ")
+        name = f"{_GOAL_PARTS[part]}: {rest}" if part in _GOAL_PARTS else goal["goal"]
         verdict = "met" if goal["met"] else "missed"
-        lines.append(f"| {goal['goal']} | {sign} {goal['limit']:g}{unit} | {found} | {verdict} |")
+        if not goal["unit"] and goal["limit"] == 1.0 and not goal["at_most"]:
+            lines.append(f"| {name} | yes | {'yes' if goal['met'] else 'no'} | {verdict} |")
+            continue
+        sign, unit = ("at most" if goal["at_most"] else "at least"), f" {goal['unit']}".rstrip()
+        found = "nothing to compare" if goal["measured"] is None else f"{_plain(goal['measured'])}{unit}"
+        lines.append(f"| {name} | {sign} {_plain(goal['limit'])}{unit} | {found} | {verdict} |")
     return "\n".join(lines) + "\n"
+
+
+_GOAL_PARTS = {"fsdp": "a model over both", "kill": "after a lost rank"}
+
+
+def _plain(value: float) -> str:
+    """Three digits; powers of ten as one writes them."""
+    return re.sub(r"e-0?(\d+)$", r"e-\1", f"{value:.3g}")
+
+
+def _apart(error: float) -> str:
+    """How scores compare, after the word "Scores"."""
+    return "are equal" if error == 0 else f"differ by at most {_plain(float(f'{error:.1g}'))} of the largest"
 
 
 def caching_section(result: Result) -> str:
@@ -99,8 +118,7 @@ def curvature_section(result: Result) -> str:
         "\n".join(lines)
         + f"\n\nScores of {shape[0]} rows for {shape[1]} queries. With fewer rows than features in a layer the library "
         "decomposes the rows' Gram matrix; the sums of squares, which it takes where there are more rows, were summed "
-        f"from the same rows beside it.{said} The scores of two ranks differ from those of one by at most "
-        f"{part['score_error']:.1g} of the largest.\n"
+        f"from the same rows beside it.{said} Scores of two ranks and of one {_apart(part['score_error'])}.\n"
     )
 
 
@@ -131,8 +149,8 @@ def fsdp_section(result: Result) -> str:
         f"A smaller Llama of {small['layers']} layers of width {small['width']} in float32, its weights of "
         f"{ranks[0]['weight_bytes'] / 1e6:.1f} MB spread over both devices with `fully_shard` ({own} each), against "
         f"one rank with all of them: {speeds[1]:,.0f} tokens/s against {speeds[0]:,.0f}, peak memory "
-        f"{_peaks(part['caching_2'])} against {_peaks(part['caching_1'])}. {_store_sentence(part)} Scores differ by at "
-        f"most {part['score_error']:.1g} of the largest.\n"
+        f"{_peaks(part['caching_2'])} against {_peaks(part['caching_1'])}. {_store_sentence(part)} Scores "
+        f"{_apart(part['score_error'])}.\n"
     )
 
 
@@ -149,7 +167,7 @@ def kill_section(result: Result) -> str:
         f"{part['seconds_to_error']:.1f} s later with exit code {part['code']} and said:\n\n```text\n{said}\n```\n\n"
         f"The same command, started again, computed {rows} rows; "
         f"the {part['shards_kept']} of {part['shards']} shards that were there {kept}. "
-        f"{_store_sentence(part)} Scores differ by at most {part['score_error']:.1g} of the largest.\n"
+        f"{_store_sentence(part)} Scores {_apart(part['score_error'])}.\n"
     )
 
 

@@ -69,7 +69,7 @@ def plan_table(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['gpus']} | {row['tokens_per_second']:,.0f} | {row['hours']:.2f} | "
             f"{row['disk_bytes_per_second'] / 1e9:.3g} GB/s | {row['sum_bytes'] / 1e9:.3g} GB | "
-            f"{row['reduce_seconds']:.2g} s | {row['eigen_seconds']:,.0f} s |"
+            f"{row['reduce_seconds']:.2g} s | {row['eigen_seconds']:,.1f} s |"
         )
     return (
         "\n".join(lines)

@@ -148,7 +148,8 @@ def hours_text(result: Result) -> str:
         "GPUs which share its weights reach the same TFLOP/s each, and that what they send one another costs nothing. "
         "Hours divide by the number of GPUs, as every one caches passages of its own.",
         "",
-        "| model | GPU hours | GPUs of 80 GB for the weights | MB/s to the disk and GPU: bfloat16 | int8, fp8 |",
+        "| model | GPU hours | GPUs of 80 GB for the weights | MB/s to the disk for each GPU, bfloat16 rows "
+        "| the same, int8 or fp8 |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in planned:

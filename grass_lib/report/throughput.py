@@ -91,7 +91,7 @@ def speed_figure(result: Result) -> Figure:
             memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"
             axes.text(speeds[place], place, f" {speeds[place]:,.0f}{memory}", va="center", fontsize=8, color=NEUTRAL)
         if floor:
-            axes.axvline(floor, color=NEUTRAL, linewidth=1.2, linestyle=":", label="arithmetic alone")
+            axes.axvline(floor, color=NEUTRAL, linewidth=1.2, linestyle=":", label="arithmetic alone, bfloat16")
             axes.legend(loc="lower right", fontsize=8)
         names = [f"{_short(row)}, batch {row['batch']}" for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=8)
@@ -125,7 +125,7 @@ def speed_table(result: Result) -> str:
     rows = measured_rows(result)
     plain = max((row["tokens_per_second"] for row in rows if row["step"] == "plain"), default=None)
     lines = [
-        "| step | batch | tokens/s | times the plain model | peak memory | first batch |",
+        "| step | batch | tokens/s | times the plain model's best | peak memory | first step, with compilation |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -161,7 +161,9 @@ def split_table(result: Result) -> str:
         parts = [given["step"], bare[row["batch"]], max(0.0, given["capture"] - bare[row["batch"]])]
         parts += [given["transfer"], given["write"], given["curvature"]]
         cells = " | ".join(f"{1000 * part:.1f} ms" for part in parts)
-        lines.append(f"| {row['spec'].removesuffix('->identity')}, {row['layers']} layers | {row['batch']} | {cells} |")
+        extra = ", curvature on the GPU" if row["hessian"] == "eFIM" else ""
+        name = f"{row['spec'].removesuffix('->identity')}, {row['layers']} layers{extra}"
+        lines.append(f"| {name} | {row['batch']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

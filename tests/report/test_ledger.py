@@ -218,7 +218,7 @@ def test_selective_masks_of_layers_say_how_they_were_chosen():
     run = gpt2(factored("selective_mask-16*16", mean=0.2, masks="energy"))
     row = find(ledger_rows([run]), "identity", sparsification="selective_mask-16*16", experiment="gpt2_wikitext")
     assert row["measured"] == 0.2
-    assert "chosen by energy at the trained model" in row["reason"]
+    assert "masks of the kind 'energy', at the trained model" in row["reason"]
 
 
 def test_metrics_have_words():

@@ -97,7 +97,7 @@ def test_without_a_run_there_is_the_command_and_no_number() -> None:
 
 def test_one_recipe_is_shown_and_the_other_asked_for() -> None:
     text = recipe_section([record("paper", 0.14)])
-    assert "| as documented | 10 epochs, batches of 64, constant rate 0.01 | 5 | 0.640 | 0.400 to 0.800 |" in text
+    assert "| as documented | 10 epochs, batches of 64, constant rate 0.01 | 3 + 2 | 0.640 | 0.400 to 0.800 |" in text
     assert "0.140 (0.040 to 0.240), SJLT | `resnet9-paper` |" in text
     assert "-p recipe=one_cycle" in text
     assert "once both have been run" in text
@@ -150,3 +150,8 @@ def test_figures_have_a_line_and_a_legend_entry_for_each_mask(tmp_path: Path) ->
     fragment = lds_figure_html(rows)
     assert all(label in fragment for label in labels)
     figure.savefig(tmp_path / "figure.png")
+
+
+def test_an_lds_above_its_ceiling_is_explained() -> None:
+    assert "noise ceiling is no contradiction" not in recipe_section([record("paper", 0.14), record("one_cycle", 0.4)])
+    assert "noise ceiling is no contradiction" in recipe_section([record("paper", 0.7), record("one_cycle", 0.4)])
