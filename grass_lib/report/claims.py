@@ -62,8 +62,8 @@ def claim_row(index: RowIndex, claim: Mapping[str, Any], registered: Iterable[st
             "data": "substitute",
             "verdict": "not comparable",
             "reason": f"{found:.0f} % faster than LogIX's LoGra, curvature included, on {bench['device']}, ours "
-            "compiled and with its chunked loss, LogIX as documented; weights and tokens are random substitutes, on which "
-            f"throughput does not depend ({bench['command']}, {bench['date']}); {stated_text}",
+            "compiled and with its chunked loss, LogIX as documented; weights and tokens are random substitutes, on "
+            f"which throughput does not depend ({bench['command']}, {bench['date']}); {stated_text}",
         }
     if record is None or measured is None or published is None:
         command = "`grass bench systems --shape llama --json book/measured/systems-llama.json`"
