@@ -9,6 +9,16 @@
   follow();
 })();
 
+// Stored figures gave their legend a fixed share of the height: it moves below the plot, and the figure grows with it.
+function moveLegend(figure) {
+  const entries = figure.querySelectorAll(".legend .traces").length, height = 430 + 20 * entries;
+  figure.style.height = figure.parentElement.style.height = height + "px";
+  window.Plotly.relayout(figure, {
+    height, "yaxis.domain": [0, 1], "yaxis.automargin": true, "xaxis.automargin": true, "legend.maxheight": 0.6,
+    "legend.y": 0, "legend.yref": "container", "legend.yanchor": "bottom",
+  });
+}
+
 // Interactive figures are drawn while the page is still being laid out; they follow the width of their column.
 window.addEventListener("load", function () {
   if (!window.Plotly) { return; }
@@ -16,5 +26,9 @@ window.addEventListener("load", function () {
     const figure = entry.target.querySelector(".plotly-graph-div");
     if (figure && figure.querySelector(".main-svg")) { window.Plotly.Plots.resize(figure); }
   }));
-  document.querySelectorAll(".grass-interactive").forEach(box => observer.observe(box));
+  document.querySelectorAll(".grass-interactive").forEach(box => {
+    const figure = box.querySelector(".plotly-graph-div");
+    if (figure && figure.layout && figure.layout.yaxis.domain) { moveLegend(figure); }
+    observer.observe(box);
+  });
 });
