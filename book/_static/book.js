@@ -14,7 +14,7 @@ function moveLegend(figure) {
   const entries = figure.querySelectorAll(".legend .traces").length, height = 430 + 20 * entries;
   figure.style.height = figure.parentElement.style.height = height + "px";
   window.Plotly.relayout(figure, {
-    height, "yaxis.domain": [0, 1], "yaxis.automargin": true, "xaxis.automargin": true, "legend.maxheight": 0.6,
+    height, autosize: true, "yaxis.domain": [0, 1], "yaxis.automargin": true, "xaxis.automargin": true, "legend.maxheight": 0.6,
     "legend.y": 0, "legend.yref": "container", "legend.yanchor": "bottom",
   });
 }
@@ -32,3 +32,32 @@ window.addEventListener("load", function () {
     observer.observe(box);
   });
 });
+
+// A reason of the ledger that is opened has a row of its own, as wide as the table. Sorting and paging bring the rows
+// anew without it, so the body of the table is watched from the first click on.
+(function () {
+  const watched = new WeakSet();
+  function show(body) {
+    body.querySelectorAll("tr.ledger-reason").forEach(row => {
+      const above = row.previousElementSibling;
+      if (!above || !above.querySelector("details[open]")) { row.remove(); }
+    });
+    body.querySelectorAll("details[open]").forEach(details => {
+      const row = details.closest("tr"), next = row.nextElementSibling;
+      if (next && next.className === "ledger-reason") { return; }
+      const below = document.createElement("tr"), cell = below.insertCell();
+      below.className = "ledger-reason";
+      cell.colSpan = row.cells.length;
+      cell.append(details.lastElementChild.cloneNode(true));
+      row.after(below);
+    });
+  }
+  document.addEventListener("toggle", function (event) {
+    const body = event.target.closest("#dt-ledger tbody");
+    if (!body) { return; }
+    show(body);
+    if (watched.has(body)) { return; }
+    watched.add(body);
+    new MutationObserver(() => show(body)).observe(body, { childList: true });
+  }, true);
+})();

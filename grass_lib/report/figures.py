@@ -169,7 +169,7 @@ def lds_figure(
 
     Args:
         source: a run record or its result rows.
-        published: rows of ``published.json`` to draw hollow beside ours where there are any; only for a paper-scale run.
+        published: rows of ``published.json`` to draw hollow where we have any; only for a paper-scale run.
         noise_ceiling: ``{mean, interval}``; a dotted line with its interval, or words if far above.
         attributor: which attributor's rows; None takes that of the first row.
         convention: which damping convention; None takes that of the first row.
@@ -283,6 +283,22 @@ def save_figure(figure: Figure, stem: str, folder: str | Path, formats: Sequence
             figure.savefig(path, dpi=200, metadata=_METADATA[suffix], bbox_inches="tight", transparent=True)
             paths.append(path)
     return paths
+
+
+def figure_markdown(name: str, caption: str, *, alt: str = "", options: Sequence[str] = ()) -> str:
+    """A generated figure for a page of the book; on a narrow page it keeps a width at which it can be read.
+
+    Args:
+        name: file below ``book/_generated/figures/``.
+        caption: below the figure.
+        alt: what it shows in a few words; the caption where there are none.
+        options: more lines such as ``:name: fig-headline``.
+
+    Returns:
+        MyST Markdown.
+    """
+    lines = [f"```{{figure}} /book/_generated/figures/{name}", *options, f":alt: {alt or caption}"]
+    return "\n".join([*lines, ":figclass: grass-figure", caption, "```"]) + "\n"
 
 
 def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
