@@ -133,7 +133,8 @@ def _ceiling_trace(noise_ceiling: Mapping[str, Any], ks: Sequence[int]) -> dict[
 def _fragment(figure: go.Figure, div_id: str, embed: bool) -> str:
     if not div_id.startswith("plotly-"):
         raise UsageError(f"div_id must start with 'plotly-', got {div_id!r}; a section may have the same id otherwise")
-    entries = sum(trace.showlegend is not False and trace.visible is not False for trace in figure.data)
+    traces: Any = figure.data
+    entries = sum(trace.showlegend is not False and trace.visible is not False for trace in traces)
     figure.update_layout(height=_PLOT + _LEGEND_ROW * (entries + 3))
     body = figure.to_html(
         full_html=False,
@@ -180,18 +181,20 @@ def lds_figure_html(
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
     paper = with_counterpart(series(comparable(published), "lds"), groups)
     shown = [row for rows in (*groups.values(), *paper.values()) for row in rows]
+    ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     for name, group in groups.items():
         keys = line_keys(group)
         for label, rows in lines(group):
             key = line_key(rows[0])
             look, shift = line_look(key, keys), aside(name, list(groups), keys.index(key))
-            figure.add_trace(_measured_trace(name, label, rows, look, shift))
+            ours.append(_measured_trace(name, label, rows, look, shift))
             same = [row for row in paper.get(name, ()) if line_key(row) == key]
             if same:
                 theirs.append(_published_trace(name, f"{label}, published", same, look, shift))
+    figure.add_traces(ours)
     if theirs:
-        few = len(figure.data) + len(theirs) <= _MANY_LINES
+        few = len(ours) + len(theirs) <= _MANY_LINES
         together = {"legendgroup": "published", "visible": True if few else "legendonly"}
         figure.add_trace({**_published_key(few), **together})
         figure.add_traces([{**trace, **together, "showlegend": False} for trace in theirs])
