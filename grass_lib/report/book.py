@@ -118,7 +118,7 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
 
 def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     """The figure of the introduction: the run nearest to the paper, or a note where there is no run at all."""
-    from grass_lib.report.figures import draw_record
+    from grass_lib.report.figures import draw_record, figure_markdown
     from grass_lib.report.matching import Measured
     from grass_lib.report.style import ATTRIBUTOR_TITLES
     from grass_lib.report.tables import k_name, pick_rows
@@ -144,9 +144,8 @@ def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
         caption += "; hollow markers are the published values."
     else:
         caption += "; its sizes are those of the embedded scale, not the paper's."
-    return (
-        f"```{{figure}} /book/_generated/figures/{image.name}\n:name: fig-headline\n"
-        f":alt: LDS against k for each projection\n:figclass: grass-figure\n{caption}\n```\n"
+    return figure_markdown(
+        image.name, caption, alt="LDS against k for each projection", options=[":name: fig-headline"]
     )
 
 

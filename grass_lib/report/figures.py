@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.report.lines import lines
-from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, figure_style, method_label, method_of
+from grass_lib.report.lines import LineLook, aside, line_key, line_keys, line_look, lines
+from grass_lib.report.style import MARKER, METHODS, NEUTRAL, experiment_title, figure_style, method_of
 from grass_lib.report.tables import Row, interval_text, k_name, pick_rows
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("png", "svg", "pdf")
-# Of the lines of one method, in the order of their masks.
-_STYLES: tuple[Any, ...] = ("-", "-.", ":", (0, (6, 2)))
 # Nothing that changes from one day or version to the next goes into the files.
 _METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
@@ -70,14 +68,26 @@ def comparable(published: Iterable[Row]) -> list[Row]:
     return renamed
 
 
+def with_counterpart(
+    published: Mapping[str, Sequence[Row]], measured: Mapping[str, Sequence[Row]]
+) -> dict[str, list[Row]]:
+    """Published rows on whose line something was measured: those of a fitted mask have none in a run without one.
+
+    Args:
+        published: rows by method, as `series` gives them.
+        measured: ours in the same form.
+
+    Returns:
+        The rows that stay, by method.
+    """
+    keys = {name: line_keys(group) for name, group in measured.items()}
+    kept = {name: [row for row in rows if line_key(row) in keys.get(name, ())] for name, rows in published.items()}
+    return {name: rows for name, rows in kept.items() if rows}
+
+
 def k_title(rows: Iterable[Row]) -> str:
     """Title of the axis of k: factored compressions count per layer."""
     return "k per layer, compressed dimension" if k_name(rows) == "k per layer" else "k, compressed dimension"
-
-
-def group_label(rows: Sequence[Row]) -> str:
-    """Name of a group of `series` in the legend: LoGra and FactGraSS where its rows are factored."""
-    return method_label(rows[0]["sparsification"], rows[0]["projection"])
 
 
 def _k_axis(axes: Axes, rows: Sequence[Row]) -> None:
@@ -122,8 +132,8 @@ def _draw(
     line: tuple[str, Sequence[Row]],
     values: Sequence[float],
     intervals: Sequence[Any],
+    look: LineLook,
     shift: float = 1.0,
-    turn: int = 0,
 ) -> None:
     """One line of a method with a bar for each interval; `shift` multiplies k, so that bars do not cover each other."""
     label, rows = line
@@ -138,7 +148,8 @@ def _draw(
         ],
         color=style.colour,
         marker=style.marker,
-        linestyle=_STYLES[turn % len(_STYLES)],
+        markersize=MARKER * look.size,
+        linestyle=look.dash,
         label=label,
         elinewidth=1.2,
         capsize=2.5,
@@ -158,7 +169,7 @@ def lds_figure(
 
     Args:
         source: a run record or its result rows.
-        published: rows of ``published.json`` to draw beside ours, hollow and dashed; only for a paper-scale run.
+        published: rows of ``published.json`` to draw hollow where we have any; only for a paper-scale run.
         noise_ceiling: ``{mean, interval}``; a dotted line with its interval, or words if far above.
         attributor: which attributor's rows; None takes that of the first row.
         convention: which damping convention; None takes that of the first row.
@@ -170,28 +181,33 @@ def lds_figure(
     import matplotlib.pyplot as plt
 
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
-    paper = series(comparable(published), "lds")
-    names = [name for name in METHODS if name in groups or name in paper]
+    paper = with_counterpart(series(comparable(published), "lds"), groups)
+    names = list(groups)
     labels: list[str] = []
     with figure_style():
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
-        for place, name in enumerate(names):
+        for name in names:
             style = METHODS[name]
-            shift = 2 ** (0.05 * (place - (len(names) - 1) / 2))
-            for turn, line in enumerate(lines(groups[name]) if name in groups else ()):
+            keys = line_keys(groups[name])
+            for line in lines(groups[name]):
+                key = line_key(line[1][0])
                 labels.append(line[0])
                 lds = [row["lds"] for row in line[1]]
-                aside = shift * 2 ** (0.02 * turn)
-                _draw(axes, name, line, [one["mean"] for one in lds], [one.get("interval") for one in lds], aside, turn)
+                means, intervals = [one["mean"] for one in lds], [one.get("interval") for one in lds]
+                _draw(axes, name, line, means, intervals, line_look(key, keys), aside(name, names, keys.index(key)))
             for _, rows in lines(paper[name]) if name in paper else ():
+                key = line_key(rows[0])
+                look = line_look(key, keys)
                 axes.plot(
-                    [row["k"] * shift for row in rows],
+                    [row["k"] * aside(name, names, keys.index(key)) for row in rows],
                     [row["lds"] for row in rows],
                     color=style.colour,
                     marker=style.marker,
+                    markersize=MARKER * look.size,
                     markerfacecolor="none",
-                    linestyle="--",
+                    linestyle=look.published,
                     linewidth=1.2,
+                    alpha=0.75,
                     label="_published",
                 )
         if paper:
@@ -231,11 +247,12 @@ def time_figure(
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         labels: list[str] = []
         for name, group in groups.items():
-            for turn, line in enumerate(lines(group)):
+            keys = line_keys(group)
+            for line in lines(group):
                 labels.append(line[0])
                 seconds = [row["projection_seconds"] for row in line[1]]
                 bounds = [row.get("projection_seconds_interval") for row in line[1]]
-                _draw(axes, name, line, seconds, bounds, turn=turn)
+                _draw(axes, name, line, seconds, bounds, line_look(line_key(line[1][0]), keys))
         _k_axis(axes, [row for rows in groups.values() for row in rows])
         axes.set_yscale("log")
         axes.set_ylabel("projection of the training set (s)")
@@ -268,6 +285,22 @@ def save_figure(figure: Figure, stem: str, folder: str | Path, formats: Sequence
     return paths
 
 
+def figure_markdown(name: str, caption: str, *, alt: str = "", options: Sequence[str] = ()) -> str:
+    """A generated figure for a page of the book; on a narrow page it keeps a width at which it can be read.
+
+    Args:
+        name: file below ``book/_generated/figures/``.
+        caption: below the figure.
+        alt: what it shows in a few words; the caption where there are none.
+        options: more lines such as ``:name: fig-headline``.
+
+    Returns:
+        MyST Markdown.
+    """
+    lines = [f"```{{figure}} /book/_generated/figures/{name}", *options, f":alt: {alt or caption}"]
+    return "\n".join([*lines, ":figclass: grass-figure", caption, "```"]) + "\n"
+
+
 def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draws the figures of one run; published values stand beside a paper-scale run.
 
@@ -286,9 +319,6 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     from grass_lib.report.published import published_rows
 
     published = published_rows(record.experiment) if record.scale == "paper" else []
-    # The published rows that need a fitted mask have no counterpart in a run without one.
-    measured = {(row["sparsification"], row["projection"]) for row in pick_rows(record)}
-    shown = [row for row in comparable(published) if (row["sparsification"], row["projection"]) in measured]
     title = f"{experiment_title(record.experiment)}, {record.scale} scale"
     substitute = Measured(record, {}).substitute
     title += f", substitute {substitute}" if substitute else ""
@@ -299,7 +329,7 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
         return [
             path for kind, figure in kinds.items() for path in save_figure(figure, f"{stem}_{kind}", folder, formats)
         ]
-    drawn = {"lds": lds_figure(record, published=shown, noise_ceiling=ceiling, title=title)}
+    drawn = {"lds": lds_figure(record, published=published, noise_ceiling=ceiling, title=title)}
     if any(row.get("projection_seconds") for row in pick_rows(record)):
         drawn["projection_time"] = time_figure(record, title=title)
     if split_rows(record):

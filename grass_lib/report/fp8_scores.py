@@ -103,11 +103,11 @@ def _scores_text(path: Path) -> str:
         for hessian, scores in variant["scores"].items():
             lines.append(
                 f"| {variant['name']} | {hessian} | {scores['mean_spearman']:.4f} | {scores['worst_spearman']:.4f} | "
-                f"{scores['top_shared']:.0%} | {variant['mean_cosine']:.4f} | {variant['worst_mean_cosine']:.4f} "
-                f"({variant['worst_layer']}) |"
+                f"{scores['top_shared']:.0%} | {variant['mean_cosine']:.4f} | {variant['worst_mean_cosine']:.4f} |"
             )
+    worst = " and ".join(dict.fromkeys(variant["worst_layer"] for variant in found["variants"]))
     lines.append(
         "\nSpearman's correlation is over the passages, per prompt; cosines are of a passage's compressed gradient, by "
-        "layer: the mean over all, and the mean of the worst layer."
+        f"layer: the mean over all, and the mean of the worst layer ({worst})."
     )
     return text + "\n".join(lines) + "\n"

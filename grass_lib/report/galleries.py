@@ -52,6 +52,16 @@ def _thumbnail(axes: Axes, image: np.ndarray, title: str, colour: str, below: st
     axes.set_xlabel(below, fontsize=9.5, labelpad=3)
 
 
+def score_text(score: float, digits: int = 3) -> str:
+    """A score with its sign; from 100 to a million without a power of ten.
+
+    Args:
+        score: of a training sample.
+        digits: how many to write of other numbers.
+    """
+    return f"{score:+,.0f}" if 100 <= abs(score) < 1e6 else f"{score:+.{digits}g}"
+
+
 def image_gallery(
     query_images: Any,
     train_images: Any,
@@ -119,7 +129,7 @@ def image_gallery(
                 for place in range(per_side):
                     sample = int(indices[query, side, place])
                     title = _name(train_labels, sample, class_names)
-                    below = f"{float(scores[query, side, place]):+.2g}"
+                    below = score_text(float(scores[query, side, place]), 2)
                     _thumbnail(axes_row[start + place], pool[sample], title, colour, below)
         figure.canvas.draw()
         for start, text, colour in (

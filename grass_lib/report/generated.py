@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from grass_lib.report.pairs import PAIRS
 from grass_lib.report.published import published_claims, published_rows, published_source
 from grass_lib.report.style import experiment_title, method_label, method_of, reference_method, stage_text
-from grass_lib.report.tables import badge, interval_text, table_html, with_formats
+from grass_lib.report.tables import badge, interval_text, seconds_text, table_html, with_formats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,12 +48,9 @@ def _percent(value: float | None) -> str:
 
 
 def _reason(row: LedgerRow) -> str:
-    """The reason behind a click, open at once where ours differs."""
+    """The reason behind a click; the page's script shows it in a row below."""
     reason = str(row.get("reason") or "")
-    if not reason:
-        return ""
-    state = " open" if row["verdict"] == "differs" else ""
-    return f"<details{state}><summary>why</summary>{html.escape(reason)}</details>"
+    return f"<details><summary>why</summary><div>{html.escape(reason)}</div></details>" if reason else ""
 
 
 def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
@@ -77,7 +74,7 @@ def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
         record = _common(row) | {
             "Published": published if is_lds else _percent(published),
             "Measured": measured if is_lds else _percent(measured),
-            "95 % interval": interval_text(row.get("interval")),
+            "95 % interval": interval_text(row.get("interval"), 4),
             "Difference": None if difference is None else f"{difference:+.4f}",
             "Verdict": _verdict_badge(row["verdict"]),
             "Reason": _reason(row),
@@ -88,17 +85,21 @@ def lds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
 
 
 def _ratios(rows: Sequence[LedgerRow], field: str) -> dict[tuple[Any, ...], float]:
-    """Seconds divided by those of the reference, SJLT alone or LoGra, at the same pair and k."""
+    """Seconds divided by those of the reference, SJLT alone or LoGra, at the same pair and k; ours within one run."""
+
+    def group(row: LedgerRow) -> tuple[Any, ...]:
+        return row["experiment"], row["k"], row["run_id"] if field == "measured" else None
+
     base = {
-        (row["experiment"], row["k"]): float(row[field])
+        group(row): float(row[field])
         for row in rows
         if row.get(field)
         and method_of(row["sparsification"], row["projection"]) == reference_method(row["sparsification"])
     }
     return {
-        _key(row): float(row[field]) / base[row["experiment"], row["k"]]
+        _key(row): float(row[field]) / base[group(row)]
         for row in rows
-        if row.get(field) is not None and (row["experiment"], row["k"]) in base
+        if row.get(field) is not None and group(row) in base
     }
 
 
@@ -129,9 +130,8 @@ def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(records, dtype=object).fillna("")
-    ratio, seconds = "{:.2f}", "{:.3g}"
-    formats = {"Published (s)": seconds, "Ratio, published": ratio, "Measured (s)": seconds, "Ratio, measured": ratio}
-    return with_formats(frame, formats)
+    seconds = dict.fromkeys(("Published (s)", "Measured (s)"), seconds_text)
+    return with_formats(frame, seconds | dict.fromkeys(("Ratio, published", "Ratio, measured"), "{:.2f}"))
 
 
 def _words(number: int) -> str:

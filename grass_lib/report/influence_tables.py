@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
 from grass_lib.report.style import NEUTRAL, PHASES, figure_style, method_label, stage_text
-from grass_lib.report.tables import Row, k_name, method_columns, result_rows, row_order, with_formats
+from grass_lib.report.tables import (
+    Form,
+    Row,
+    k_name,
+    method_columns,
+    result_rows,
+    row_order,
+    seconds_text,
+    with_formats,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +95,7 @@ def split_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
             record["Tokens/s"] = row.get("tokens_per_second")
         record["Compression"] = stage_text(row["sparsification"], row["projection"])
         records.append(record)
-    formats = {name: "{:.3g}" for name in records[0] if name.endswith("(s)")}
+    formats: dict[str, Form] = {name: seconds_text for name in records[0] if name.endswith("(s)")}
     frame = pd.DataFrame(records)
     if not frame.duplicated(["Method", k]).any():
         frame = frame.drop(columns="Compression")

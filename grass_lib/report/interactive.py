@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
-from grass_lib.report.figures import comparable, group_label, k_title, series
-from grass_lib.report.lines import line_key, lines
-from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, method_label, stage_text
+from grass_lib.report.figures import comparable, k_title, series, with_counterpart
+from grass_lib.report.lines import PLOTLY_DASHES, LineLook, aside, line_key, line_keys, line_look, lines
+from grass_lib.report.style import METHODS, NEUTRAL, experiment_title, stage_text
 from grass_lib.report.tables import Row, interval_text, pick_rows
 
 if TYPE_CHECKING:
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 _CLEAR = "rgba(0,0,0,0)"
 _GRID = "rgba(122,122,122,0.25)"
-_AXES_FROM = 0.38
-# Of the lines of one method, in the order of their masks.
-_DASHES = ("solid", "dashdot", "dot", "longdash")
+# Height of the plot (px) and of a row of the legend below it; on a narrow page each entry has a row.
+_PLOT, _LEGEND_ROW = 370, 20
+_MARKER = 10
+# More lines than this cover each other: the published ones then wait for a click in the legend.
+_MANY_LINES = 12
 
 
-def _figure(y_title: str, height: int = 520) -> go.Figure:
+def _figure(y_title: str) -> go.Figure:
     import plotly.graph_objects as go
 
     axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": NEUTRAL, "showline": True}
@@ -35,13 +37,15 @@ def _figure(y_title: str, height: int = 520) -> go.Figure:
         plot_bgcolor=_CLEAR,
         font={"color": NEUTRAL, "size": 13},
         margin={"l": 56, "r": 12, "t": 16, "b": 8},
-        height=height,
         hoverlabel={"font": {"size": 13}},
         modebar={"bgcolor": _CLEAR, "color": NEUTRAL, "activecolor": NEUTRAL},
-        # The axes end above the legend, whose rows grow downwards when the page is narrow.
-        legend={"orientation": "h", "y": _AXES_FROM - 0.13, "x": 0, "yanchor": "top", "font": {"size": 12}},
-        xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension", "standoff": 6}},
-        yaxis={**axis, "title": {"text": y_title}, "domain": [_AXES_FROM, 1]},
+        # The axes end where the legend at the bottom begins.
+        legend={
+            **{"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
+            **{"font": {"size": 12}, "itemsizing": "trace", "maxheight": 0.6},
+        },
+        xaxis={**axis, "type": "log", "title": {"text": "k, compressed dimension", "standoff": 6}, "automargin": True},
+        yaxis={**axis, "title": {"text": y_title}, "automargin": True},
     )
     return figure
 
@@ -59,18 +63,25 @@ def _hover(row: Row) -> str:
     return f"{text}<br>95 % interval {interval}" if interval else text
 
 
-def _measured_trace(name: str, label: str, rows: list[Row], turn: int = 0) -> dict[str, Any]:
+def _trace(name: str, label: str, rows: list[Row], dash: str, look: LineLook, shift: float = 1.0) -> dict[str, Any]:
+    """What measured and published lines have in common; `shift` multiplies k, so that markers stand side by side."""
     style = METHODS[name]
-    means = [row["lds"]["mean"] for row in rows]
-    bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": label,
-        "x": [row["k"] for row in rows],
+        "x": [row["k"] * shift for row in rows],
+        "line": {"color": style.colour, "width": 2, "dash": PLOTLY_DASHES[dash]},
+        "marker": {"symbol": style.symbol, "size": _MARKER * look.size, "color": style.colour},
+    }
+
+
+def _measured_trace(name: str, label: str, rows: list[Row], look: LineLook, shift: float) -> dict[str, Any]:
+    means = [row["lds"]["mean"] for row in rows]
+    bounds = [row["lds"].get("interval") or (mean, mean) for row, mean in zip(rows, means, strict=True)]
+    return {
+        **_trace(name, label, rows, look.dash, look, shift),
         "y": means,
-        "line": {"color": style.colour, "width": 2, "dash": _DASHES[turn % len(_DASHES)]},
-        "marker": {"symbol": style.symbol, "size": 10, "color": style.colour},
         "error_y": {
             "type": "data",
             "symmetric": False,
@@ -83,18 +94,25 @@ def _measured_trace(name: str, label: str, rows: list[Row], turn: int = 0) -> di
     }
 
 
-def _published_trace(name: str, rows: list[Row]) -> dict[str, Any]:
-    style = METHODS[name]
+def _published_trace(name: str, label: str, rows: list[Row], look: LineLook, shift: float = 1.0) -> dict[str, Any]:
+    trace = _trace(name, label, rows, look.published, look, shift)
     return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": f"{group_label(rows)}, published",
-        "x": [row["k"] for row in rows],
+        **trace,
         "y": [row["lds"] for row in rows],
-        "line": {"color": style.colour, "width": 1.2, "dash": "dash"},
-        "marker": {"symbol": f"{style.symbol}-open", "size": 10, "color": style.colour},
+        "line": {**trace["line"], "width": 1.2},
+        "marker": {**trace["marker"], "symbol": f"{METHODS[name].symbol}-open"},
         "text": [stage_text(row["sparsification"], row["projection"]) for row in rows],
         "hovertemplate": "%{text}<br>published LDS %{y:.4f}<extra></extra>",
+    }
+
+
+def _published_key(shown: bool) -> dict[str, Any]:
+    """The one entry of all published lines in the legend, grey; a click on it shows or hides them together."""
+    return {
+        **{"type": "scatter", "mode": "lines+markers", "x": [None], "y": [None]},
+        "name": "published, hollow" if shown else "published, hollow (click to show)",
+        "line": {"color": NEUTRAL, "width": 1.2, "dash": PLOTLY_DASHES["--"]},
+        "marker": {"symbol": "circle-open", "size": _MARKER, "color": NEUTRAL},
     }
 
 
@@ -115,6 +133,9 @@ def _ceiling_trace(noise_ceiling: Mapping[str, Any], ks: Sequence[int]) -> dict[
 def _fragment(figure: go.Figure, div_id: str, embed: bool) -> str:
     if not div_id.startswith("plotly-"):
         raise UsageError(f"div_id must start with 'plotly-', got {div_id!r}; a section may have the same id otherwise")
+    traces: Any = figure.data
+    entries = sum(trace.showlegend is not False and trace.visible is not False for trace in traces)
+    figure.update_layout(height=_PLOT + _LEGEND_ROW * (entries + 3))
     body = figure.to_html(
         full_html=False,
         include_plotlyjs=embed,
@@ -137,10 +158,13 @@ def lds_figure_html(
 ) -> str:
     """LDS against k: hover for values and intervals, click a method in the legend to hide it.
 
+    Published lines are hollow, in the colour of the measured line of the same compressions; they share one entry of the
+    legend and wait for a click on it where there are many lines.
+
     Args:
         source: a run record or its result rows.
         div_id: HTML id; starts with ``plotly-``.
-        published: rows of ``published.json`` to draw hollow and dashed; only for a paper-scale run.
+        published: rows of ``published.json`` to draw beside ours; only for a paper-scale run.
         noise_ceiling: ``{mean, interval}``; a dotted line, hidden until clicked in the legend if far above.
         attributor: which attributor's rows; None takes that of the first row.
         convention: which damping convention; None takes that of the first row.
@@ -155,13 +179,25 @@ def lds_figure_html(
     """
     figure = _figure("LDS, mean over queries")
     groups = series(pick_rows(source, attributor=attributor, convention=convention), "lds")
-    paper = series(comparable(published), "lds")
+    paper = with_counterpart(series(comparable(published), "lds"), groups)
     shown = [row for rows in (*groups.values(), *paper.values()) for row in rows]
-    for name in METHODS:
-        for turn, (label, rows) in enumerate(lines(groups[name]) if name in groups else ()):
-            figure.add_trace(_measured_trace(name, label, rows, turn))
-        for label, rows in lines(paper[name]) if name in paper else ():
-            figure.add_trace({**_published_trace(name, rows), "name": f"{label}, published"})
+    ours: list[dict[str, Any]] = []
+    theirs: list[dict[str, Any]] = []
+    for name, group in groups.items():
+        keys = line_keys(group)
+        for label, rows in lines(group):
+            key = line_key(rows[0])
+            look, shift = line_look(key, keys), aside(name, list(groups), keys.index(key))
+            ours.append(_measured_trace(name, label, rows, look, shift))
+            same = [row for row in paper.get(name, ()) if line_key(row) == key]
+            if same:
+                theirs.append(_published_trace(name, f"{label}, published", same, look, shift))
+    figure.add_traces(ours)
+    if theirs:
+        few = len(ours) + len(theirs) <= _MANY_LINES
+        together = {"legendgroup": "published", "visible": True if few else "legendonly"}
+        figure.add_trace({**_published_key(few), **together})
+        figure.add_traces([{**trace, **together, "showlegend": False} for trace in theirs])
     if noise_ceiling is not None:
         drawn = [row["lds"]["mean"] for rows in groups.values() for row in rows]
         # A line far above the others would squeeze them: it waits in the legend.
@@ -201,18 +237,16 @@ def published_figure_html(published: Iterable[Row], *, div_id: str = "plotly-pub
     Returns:
         An HTML fragment.
     """
-    figure = _figure("LDS, published", height=640)
+    figure = _figure("LDS, published")
     rows = comparable(published)
     pairs = list(dict.fromkeys(row["experiment"] for row in rows))
     owner: list[str] = []
     for pair in pairs:
         for name, group in series([row for row in rows if row["experiment"] == pair], "lds").items():
-            masks = list(dict.fromkeys(line_key(row) for row in group))
-            for mask in masks:
-                trace = _published_trace(name, [row for row in group if line_key(row) == mask])
-                label = method_label(group[0]["sparsification"], group[0]["projection"])
-                label += f" ({mask})" if mask else ""
-                figure.add_trace({**trace, "name": label, "visible": pair == pairs[0]})
+            keys = line_keys(group)
+            for label, line in lines(group):
+                look = line_look(line_key(line[0]), keys)
+                figure.add_trace({**_published_trace(name, label, line, look), "visible": pair == pairs[0]})
                 owner.append(pair)
     figure.update_layout(
         margin={"t": 56},

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.report.figures import FORMATS, save_figure
+from grass_lib.report.figures import FORMATS, figure_markdown, save_figure
 from grass_lib.report.results import read_result
 from grass_lib.report.style import METHODS, NEUTRAL, figure_style
 
@@ -280,7 +280,7 @@ def write_page_parts(measured: Path, target: Path) -> list[Path]:
         written += write_figures(measured, target / "figures", ("svg",))
         for stem, draw in FIGURES.items():
             caption = (draw.__doc__ or "").splitlines()[0]
-            parts[stem] = f"```{{figure}} /book/_generated/figures/{stem}.svg\n:alt: {caption}\n{caption}\n```\n"
+            parts[stem] = figure_markdown(f"{stem}.svg", caption)
     for name, text in parts.items():
         path = target / f"kernels_{name.removeprefix('kernels_')}.md"
         path.write_text(text, encoding="utf-8")

@@ -141,11 +141,11 @@ def _ratio(published: Mapping[str, Any], item: Measured) -> str:
         stage_text(published["sparsification"], published["projection"])
     )
     device = item.record.device.get("name", "another device")
-    text = f"seconds of two different machines ({device} here{item.choices}); compare ratios"
-    if ours is not None and theirs is not None:
-        name = f"LoGra at k = {published['k']} per layer" if reference == "normal" else f"sjlt-{published['k']}"
-        text += f": {ours:.2f} times {name} here, {theirs:.2f} times as published"
-    return text
+    text = f"seconds of two different machines ({device} here{item.choices})"
+    if ours is None or theirs is None:
+        return text
+    name = f"LoGra at k = {published['k']} per layer" if reference == "normal" else f"sjlt-{published['k']}"
+    return f"{text}; compare ratios: {ours:.2f} times {name} here, {theirs:.2f} times as published"
 
 
 def _row(index: RowIndex, published: Mapping[str, Any], metric: str, registered: Iterable[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.report.matching import STUDIES
+from grass_lib.report.style import experiment_title
 from grass_lib.report.tables import Row, interval_text
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def mask_pairs(records: Iterable[RunRecord]) -> str:
         A Markdown table, or a sentence where there is nothing to compare.
     """
     lines = [
-        f"| {pair} | {selective['spec']} | {_lds(random)} | {_lds(selective)} | "
+        f"| {experiment_title(pair)} | {selective['spec'].removesuffix('->identity')} | "
+        f"{_lds(random)} | {_lds(selective)} | "
         f"{selective['lds']['mean'] - random['lds']['mean']:+.3f} | {method} |"
         for pair, selective, random, method in _pairs(list(records))
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.report.style import MASK_WAYS, NEUTRAL, figure_style
-from grass_lib.report.tables import Row, interval_text, with_formats
+from grass_lib.report.tables import Row, seconds_text, with_formats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,12 +107,12 @@ def cost_table(fits: Iterable[Row]) -> pd.DataFrame:
             "Chosen by": _label(way),
             "k": k,
             "Seconds, median": sorted(values)[len(values) // 2],
-            "Lowest to highest": interval_text((min(values), max(values)), 1),
+            "Lowest to highest": f"{seconds_text(min(values))} to {seconds_text(max(values))}",
             "Masks": len(values),
         }
         for (way, k), values in groups.items()
     ]
-    return with_formats(pd.DataFrame(records), {"Seconds, median": "{:.1f}"})
+    return with_formats(pd.DataFrame(records), {"Seconds, median": seconds_text})
 
 
 def share_table(shares: Mapping[str, Mapping[str, Sequence[int]]]) -> pd.DataFrame:

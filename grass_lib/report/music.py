@@ -13,7 +13,7 @@ import numpy as np
 
 from grass_lib.errors import UsageError
 from grass_lib.experiments.data.events import decode, describe, pitch_name
-from grass_lib.report.galleries import RankedSamples
+from grass_lib.report.galleries import RankedSamples, score_text
 from grass_lib.report.piano_roll import piano_roll_svg, roll_text
 from grass_lib.report.sound import audio_html
 
@@ -191,7 +191,7 @@ def _entry(window: MusicWindow) -> dict[str, Any]:
 
 
 def _box(entry: Mapping[str, Any], windows: Places | None, kind: str, plays: bool) -> str:
-    score = f'<span class="gm-score">{entry["score"]:+.3g}</span>' if "score" in entry else ""
+    score = f'<span class="gm-score">{score_text(entry["score"])}</span>' if "score" in entry else ""
     prefix = "" if "score" in entry else f"Query {entry['position']}: "
     name = html.escape(f"{prefix}{entry['title']}, window {entry['number'] + 1}")
     head = f'<p class="gm-name">{score}{name}</p>'

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grass_lib.errors import UsageError
-from grass_lib.report.galleries import RankedSamples
+from grass_lib.report.galleries import RankedSamples, score_text
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -74,17 +74,12 @@ def _lookup(passages: Passages, index: int) -> str:
         ) from error
 
 
-def _signed(score: float) -> str:
-    """Three digits and the sign, large numbers in full."""
-    return f"{score:+,.0f}" if 100 <= abs(score) < 1e6 else f"{score:+.3g}"
-
-
 def _item(index: int, text: str, score: float, largest: float) -> str:
     share = 100 * abs(score) / largest if largest else 0.0
     sign = "positive" if score >= 0 else "negative"
     return (
         '<li class="gp-passage"><div class="gp-meta">'
-        f'<span class="gp-score">{_signed(score)}</span>'
+        f'<span class="gp-score">{score_text(score)}</span>'
         f'<span class="gp-bar" aria-hidden="true"><span class="gp-{sign}" style="width:{share:.1f}%"></span></span>'
         f'<span class="gp-index">training passage {index:,}</span></div>'
         f'<p dir="auto">{html.escape(text)}</p></li>'

@@ -142,11 +142,17 @@ def recipe_section(records: Iterable[RunRecord]) -> str:
             found.setdefault(str(record.parameters.get("recipe")), record)
     lines = [
         "| recipe | training | networks, second seeds | queries right, mean | lowest to highest | noise ceiling "
-        "| best LDS | run |",
-        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | :--- |",
+        "| best LDS |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [_line(name, title, found.get(name)) for name, title in RECIPES.items()]
-    return "\n".join([*lines, "", *_comparison(found)]) + "\n"
+    return "\n".join([*lines, *_runs(found), "", *_comparison(found)]) + "\n"
+
+
+def _runs(found: Mapping[str, RunRecord]) -> list[str]:
+    """The runs behind the rows, in a sentence: their names are too long for a column."""
+    named = [f"`{found[name].run_id}` ({title})" for name, title in RECIPES.items() if name in found]
+    return ["", f"Measured in {' and '.join(named)}."] if named else []
 
 
 def _best(record: RunRecord) -> Row:
@@ -156,7 +162,7 @@ def _best(record: RunRecord) -> Row:
 def _line(name: str, title: str, record: RunRecord | None) -> str:
     if record is None:
         command = f"not run: `grass run {EXPERIMENT} --scale paper -p recipe={name}`"
-        return f"| {title} | {command} | | | | | | |"
+        return f"| {title} | {command} | | | | | |"
     accuracy, best = record.extra["accuracy"], _best(record)
     ceiling = best.get("noise_ceiling")
     lds = f"{best['lds']['mean']:.3f} ({interval_text(best['lds'].get('interval'))}), "
@@ -168,7 +174,6 @@ def _line(name: str, title: str, record: RunRecord | None) -> str:
         f"{accuracy['lowest']:.3f} to {accuracy['highest']:.3f}",
         f"{ceiling['mean']:.3f} ({interval_text(ceiling.get('interval'))})" if ceiling else "",
         lds + method_label(best["sparsification"], best["projection"]),
-        f"`{record.run_id}`",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -15,6 +15,8 @@ from typing import Any
 #: Grey of text and axes: the same contrast (4.3) on a white page and on a dark one.
 NEUTRAL = "#7a7a7a"
 GRID = "#7a7a7a40"
+#: Size of markers (points).
+MARKER = 7.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ METHODS: dict[str, MethodStyle] = {
     "rademacher": MethodStyle("dense Rademacher", "#4AA3E0", "P", "cross"),
     "grass": MethodStyle("GraSS", "#D55E00", "*", "star"),
     "selective_grass": MethodStyle("selective GraSS", "#9A3FA0", "X", "x"),
-    "masked_normal": MethodStyle("mask, then dense normal", "#7B68EE", "h", "hexagon"),
+    "masked_normal": MethodStyle("random mask + normal", "#7B68EE", "h", "hexagon"),
+    "selective_masked_normal": MethodStyle("selective mask + normal", "#8400FC", "<", "triangle-left"),
     "identity": MethodStyle("no projection", NEUTRAL, "d", "diamond-tall"),
 }
 
@@ -136,14 +139,15 @@ def method_of(sparsification: str, projection: str) -> str:
         A key of `METHODS`; ``identity`` for a type that has no style of its own.
     """
     first, second = _family(sparsification), _family(projection)
+    chosen = "selective_" if first == "selective_mask" else ""
     if second == "identity":
         method = first
     elif first == "identity":
         method = second
     elif second == "sjlt":
-        method = "selective_grass" if first == "selective_mask" else "grass"
+        method = f"{chosen}grass"
     elif first in ("random_mask", "selective_mask"):
-        method = "masked_normal"
+        method = f"{chosen}masked_normal"
     else:
         method = second
     return method if method in METHODS else "identity"
@@ -228,7 +232,7 @@ def figure_style() -> Iterator[None]:
         "axes.titlesize": 11.5,
         "axes.titleweight": "bold",
         "lines.linewidth": 2.0,
-        "lines.markersize": 7.0,
+        "lines.markersize": MARKER,
         "figure.dpi": 110,
         "svg.hashsalt": "grass_lib",
         "svg.fonttype": "path",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.errors import UsageError
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from grass_lib.report.record import RunRecord
 
 Row = Mapping[str, Any]
+#: How numbers are written: a format string or a function.
+Form = str | Callable[[float], str]
 
 _LAYOUT = {"topStart": "info", "topEnd": "search", "bottomStart": "pageLength", "bottomEnd": "paging"}
 
@@ -93,6 +95,11 @@ def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
+def seconds_text(seconds: float) -> str:
+    """Seconds, or a bound of their interval: three digits, large numbers in full."""
+    return f"{seconds:,.0f}" if seconds >= 99.95 else f"{seconds:#.3g}"
+
+
 def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
     """LDS of every attributor and compression with the 95 % interval and the chosen damping.
 
@@ -112,7 +119,7 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
         lds = row["lds"]
         damping = row.get("damping")
         record = {"Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]), **method_columns(row, k)}
-        record |= {"LDS": round(float(lds["mean"]), 6), "95 % interval": interval_text(lds.get("interval"))}
+        record |= {"LDS": float(lds["mean"]), "95 % interval": interval_text(lds.get("interval"), 4)}
         record["Damping"] = "" if damping is None else f"{damping:g}"
         if several:
             record["Convention"] = row.get("damping_convention") or ""
@@ -181,20 +188,20 @@ def time_table(
         record = {**method_columns(row, k), "Seconds": float(row["projection_seconds"])}
         if any(other.get("projection_seconds_interval") for other in rows):
             bounds = row.get("projection_seconds_interval")
-            record["95 % interval"] = f"{bounds[0]:.2g} to {bounds[1]:.2g}" if bounds else ""
+            record["95 % interval"] = " to ".join(map(seconds_text, bounds)) if bounds else ""
         record[heading] = ours.get(compression)
         if theirs:
             record["As published"] = theirs.get(compression)
         records.append({**record, "Backend": row.get("backend") or "", "Compression": compression})
-    return with_formats(pd.DataFrame(records), {"Seconds": "{:.3g}", heading: "{:.2f}", "As published": "{:.2f}"})
+    return with_formats(pd.DataFrame(records), {"Seconds": seconds_text, heading: "{:.2f}", "As published": "{:.2f}"})
 
 
-def with_formats(frame: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:
+def with_formats(frame: pd.DataFrame, formats: Mapping[str, Form]) -> pd.DataFrame:
     """Says how `table_html` writes the numbers of a frame; the frame keeps the numbers themselves.
 
     Args:
         frame: any frame.
-        formats: format string by column name, such as ``{:.4f}``.
+        formats: format string, such as ``{:.4f}``, or function by column name.
 
     Returns:
         The same frame.
@@ -207,8 +214,9 @@ def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
     shown = frame.copy()
     for name, form in frame.attrs.get("formats", {}).items():
         if name in shown:
+            write = form if callable(form) else form.format
             shown[name] = [
-                "" if value is None or value != value else value if isinstance(value, str) else form.format(value)
+                "" if value is None or value != value else value if isinstance(value, str) else write(value)
                 for value in shown[name]
             ]
     return shown

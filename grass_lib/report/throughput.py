@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.report.figures import FORMATS, save_figure
+from grass_lib.report.figures import FORMATS, figure_markdown, save_figure
 from grass_lib.report.fp8_scores import fp8_text
 from grass_lib.report.plan import plan_table
 from grass_lib.report.results import read_result
@@ -87,17 +87,20 @@ def speed_figure(result: Result) -> Figure:
             height=0.7,
         )
         floor = _floor(result)
+        # Labels stand in one column right of the axes, where neither the line nor the grid crosses them.
+        edge = 1.02 * max([*speeds, floor or 0.0])
         for place, row in enumerate(rows):
             memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"
-            axes.text(speeds[place], place, f" {speeds[place]:,.0f}{memory}", va="center", fontsize=8, color=NEUTRAL)
+            axes.text(1.01 * edge, place, f"{speeds[place]:,.0f}{memory}", va="center", fontsize=8, color=NEUTRAL)
         if floor:
             axes.axvline(floor, color=NEUTRAL, linewidth=1.2, linestyle=":", label="arithmetic alone, bfloat16")
-            axes.legend(loc="lower right", fontsize=8)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
         names = [f"{_short(row)}, batch {row['batch']}" for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(0, 1.3 * max([*speeds, floor or 0.0]))
+        axes.set_xlim(0, edge)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("tokens/s")
     return figure
 
@@ -151,7 +154,7 @@ def split_table(result: Result) -> str:
     """
     bare = {row["batch"]: row["seconds"]["step"] for row in result["rows"] if row["step"] == "bare" and row["seconds"]}
     lines = [
-        "| caching | batch | whole step | forward, backward | compression | transfer | waiting for disk | curvature |",
+        "| ms | batch | whole step | forward, backward | compression | transfer | disk wait | curvature |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in measured_rows(result):
@@ -160,10 +163,8 @@ def split_table(result: Result) -> str:
         given = row["seconds"]
         parts = [given["step"], bare[row["batch"]], max(0.0, given["capture"] - bare[row["batch"]])]
         parts += [given["transfer"], given["write"], given["curvature"]]
-        cells = " | ".join(f"{1000 * part:.1f} ms" for part in parts)
-        extra = ", curvature on the GPU" if row["hessian"] == "eFIM" else ""
-        name = f"{row['spec'].removesuffix('->identity')}, {row['layers']} layers{extra}"
-        lines.append(f"| {name} | {row['batch']} | {cells} |")
+        cells = " | ".join(f"{1000 * part:.1f}" for part in parts)
+        lines.append(f"| {_short(row).removeprefix('ours, ')} | {row['batch']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -258,7 +259,7 @@ def write_throughput_parts(measured: Path, target: Path) -> list[Path]:
         }
         written += write_figures(measured, target / "figures", ("svg",))
         caption = (speed_figure.__doc__ or "").splitlines()[0]
-        parts["figure"] = f"```{{figure}} /book/_generated/figures/{FIGURE}.svg\n:alt: {caption}\n{caption}\n```\n"
+        parts["figure"] = figure_markdown(f"{FIGURE}.svg", caption)
     parts["fp8"] = fp8_text(result, measured)
     for name, text in parts.items():
         path = target / f"throughput_{name}.md"

@@ -4,6 +4,7 @@ import shlex
 import pytest
 
 from grass_lib.report.claims import FIELDS
+from grass_lib.report.generated import lds_ledger, seconds_ledger
 from grass_lib.report.ledger import METRIC_TITLES, ledger_rows
 from grass_lib.report.published import published_rows
 from grass_lib.report.schema import RunRecord
@@ -140,6 +141,16 @@ def test_seconds_are_compared_as_ratios_within_the_run():
     assert f"3.00 times sjlt-4096 here, {theirs:.2f} times as published" in row["reason"]
 
 
+def test_ratios_never_leave_a_run():
+    selective = result("selective_mask-4096", way="learned", shared=True, seed=0)
+    study = record(selective, experiment="mlp_masks", run_id="study")
+    rows = ledger_rows([record(result("sjlt-4096"), result("normal-4096", projection_seconds=6.0)), study])
+    assert find(rows, "selective_mask-4096", "projection_seconds")["reason"].endswith("(a GPU here)")
+    table = seconds_ledger(rows)
+    ratio = {row["Compression"]: row["Ratio, measured"] for _, row in table.iterrows() if row["Pair"] == "MLP + MNIST"}
+    assert (ratio["normal-4096"], ratio["sjlt-4096"], ratio["selective_mask-4096"]) == (3.0, 1.0, "")
+
+
 def factored(sparsification, projection="identity", mean=0.2, seconds=2.0, **more):
     row = result("x-256", mean, sparsification=sparsification, projection_seconds=seconds, **more)
     return {**row, "attributor": "influence_efim", "projection": projection, "spec": f"{sparsification}->{projection}"}
@@ -219,6 +230,12 @@ def test_selective_masks_of_layers_say_how_they_were_chosen():
     row = find(ledger_rows([run]), "identity", sparsification="selective_mask-16*16", experiment="gpt2_wikitext")
     assert row["measured"] == 0.2
     assert "masks of the kind 'energy', at the trained model" in row["reason"]
+
+
+def test_reasons_stay_closed():
+    rows = ledger_rows([record(result("sjlt-4096", 0.9))])
+    reasons = list(lds_ledger(rows)["Reason"])
+    assert all(text.startswith("<details><summary>why</summary>") for text in reasons)
 
 
 def test_metrics_have_words():

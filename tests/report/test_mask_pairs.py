@@ -23,7 +23,8 @@ def lines(*records):
 def test_rows_of_two_runs_meet():
     found = lines(record([row(RANDOM, 0.2)]), record([row(SELECTIVE, 0.15)], masks="learned"))
     assert found == [
-        f"| gpt2_wikitext | {SELECTIVE} | 0.200 (0.100 to 0.300) | 0.150 (0.050 to 0.250) | -0.050 | learned |"
+        "| GPT-2 small + WikiText-2 "
+        f"| {SELECTIVE} | 0.200 (0.100 to 0.300) | 0.150 (0.050 to 0.250) | -0.050 | learned |"
     ]
 
 

@@ -147,6 +147,22 @@ def test_ledger_sorts_filters_and_searches(browser: Any, built_book: Path) -> No
     wait.until(lambda session: set(_cells(session, 1)) == {"LoGra (normal)"})
 
 
+def test_an_opened_reason_has_a_row_as_wide_as_the_table(browser: Any, built_book: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(browser, 10, poll_frequency=0.1)
+    _open(browser, built_book, "book/ledger")
+    assert browser.execute_script("return document.querySelectorAll('#dt-ledger details[open]').length") == 0
+    overflow = "const b = document.querySelector('.grass-table'); return b.scrollWidth - b.clientWidth"
+    shown = "return [...document.querySelectorAll('.ledger-reason')].map(row => row.innerText.trim().length > 20)"
+    assert browser.execute_script(overflow) <= 0
+    browser.execute_script("document.querySelectorAll('#dt-ledger summary')[3].click()")
+    wait.until(lambda session: session.execute_script(shown) == [True])
+    assert browser.execute_script(overflow) <= 0
+    browser.execute_script("document.querySelectorAll('#dt-ledger summary')[3].click()")
+    wait.until(lambda session: session.execute_script(shown) == [])
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_narrow_page_does_not_scroll_sideways(browser: Any, built_book: Path, page: str) -> None:
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,11 @@ from book_fixtures import CEILING, toy_images, toy_ranked, toy_record, toy_rows
 
 from grass_lib.errors import UsageError
 from grass_lib.report.figures import comparable, draw_record, lds_figure, main, save_figure, time_figure
-from grass_lib.report.galleries import MAX_THUMBNAILS, image_gallery
+from grass_lib.report.galleries import MAX_THUMBNAILS, image_gallery, score_text
 from grass_lib.report.interactive import lds_figure_html, published_figure_html
 from grass_lib.report.published import published_rows
 from grass_lib.report.style import METHODS
-from grass_lib.report.tables import interval_text, lds_table, pick_rows, table_html, time_table
+from grass_lib.report.tables import interval_text, lds_table, pick_rows, seconds_text, table_html, time_table
 
 
 def lines(figure: Any) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def test_lds_table_has_values_and_intervals() -> None:
     assert len(table) == len(toy_rows())
     row = table[table["Compression"] == "sjlt-512"].iloc[0]
     assert (row["Method"], row["k"], row["LDS"]) == ("SJLT", 512, 0.25)
-    assert row["95 % interval"] == "0.220 to 0.285"
+    assert row["95 % interval"] == "0.2200 to 0.2850"
     both = lds_table([{**toy_rows()[0], "attributor": "tracin", "damping": None}, *toy_rows()])
     assert list(dict.fromkeys(both["Attributor"])) == ["TRAK", "TracIn"]
     assert list(both[both["Attributor"] == "TracIn"]["Damping"]) == [""]
@@ -117,7 +118,51 @@ def test_time_table_compares_at_the_same_k_and_shows_a_compression_once() -> Non
         assert row["Times SJLT"] == pytest.approx(seconds[row["Compression"]] / seconds[f"sjlt-{row['k']}"])
     alone = time_table([row for row in rows if not row["projection"].startswith("sjlt")])
     assert alone["Times SJLT"].isna().all()
-    assert "0.0100" not in table_html(alone, "dt-alone")
+    assert "nan" not in table_html(alone, "dt-alone")
+
+
+def test_numbers_and_their_intervals_have_the_same_digits() -> None:
+    rows = [{**toy_rows()[0], "projection_seconds": 18.71, "projection_seconds_interval": [18.54, 1234.5]}]
+    assert ">18.7<" in table_html(time_table(rows), "dt-time")
+    assert ">18.5 to 1,234<" in table_html(time_table(rows), "dt-time")
+    assert [seconds_text(value) for value in (0.0, 0.8, 99.96, 100.2)] == ["0.00", "0.800", "100", "100"]
+    assert [score_text(value) for value in (3012.4, -0.01234, 99.5)] == ["+3,012", "-0.0123", "+99.5"]
+
+
+def test_an_lds_is_rounded_once() -> None:
+    lds = {**toy_rows()[0]["lds"], "mean": 0.40895007, "interval": [0.38, 0.43]}
+    text = table_html(lds_table([{**toy_rows()[0], "lds": lds}]), "dt-lds")
+    assert ">0.4090<" in text
+    assert ">0.3800 to 0.4300<" in text
+
+
+def traces(text: str) -> list[dict[str, Any]]:
+    start = text.index("[{", text.index("Plotly.newPlot"))
+    return json.JSONDecoder().raw_decode(text[start:])[0]
+
+
+def test_published_lines_share_one_entry_and_wait_where_there_are_many() -> None:
+    rows = toy_rows((2048, 4096, 8192))
+    drawn = traces(lds_figure_html(rows, published=published_rows("mlp_mnist")))
+    theirs = [trace for trace in drawn if trace.get("legendgroup") == "published"]
+    assert [trace["name"] for trace in theirs if trace.get("showlegend", True)] == ["published, hollow"]
+    assert all(trace["visible"] is True for trace in theirs)
+    assert not any("selective" in trace["name"] for trace in drawn), "nothing was measured on that line"
+    colours = {trace["name"]: trace["line"]["color"] for trace in drawn}
+    assert all(colours[name.removesuffix(", published")] == colour for name, colour in list(colours.items())[6:-1])
+    masks = [
+        {**row, "sparsification": f"random_mask-{size}"}
+        for row in rows
+        if row["projection"].startswith(("sjlt", "normal"))
+        for size in (32768, 131072)
+    ]
+    crowd = traces(lds_figure_html([*rows, *masks], published=published_rows("resnet9_cifar2")))
+    theirs = [trace for trace in crowd if trace.get("legendgroup") == "published"]
+    assert {trace["visible"] for trace in theirs} == {"legendonly"}
+    grass = [trace for trace in theirs if trace["name"].startswith("GraSS, ")]
+    assert len(grass) == 2
+    assert len({trace["line"]["dash"] for trace in grass}) == 2
+    assert len({trace["marker"]["size"] for trace in grass}) == 2
 
 
 @pytest.mark.parametrize("interval", [None, (None, None), (float("nan"), 1.0)])

@@ -49,7 +49,7 @@ def test_factored_rows_are_drawn_under_their_names_in_the_colours_of_the_flat_ty
 def test_interactive_figure_names_factored_methods() -> None:
     text = lds_figure_html(factored_rows(), published=published())
     names = [json.loads(f'"{name}"') for name in re.findall(r'"name":"((?:[^"\\]|\\.)*)"', text)]
-    assert names == [name for label in NAMES for name in (label, f"{label}, published")]
+    assert names == [*NAMES, "published, hollow", *(f"{label}, published" for label in NAMES)]
     assert "k per layer" in text
     assert "k per layer" not in lds_figure_html(toy_rows())
 

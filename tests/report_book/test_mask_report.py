@@ -59,7 +59,7 @@ def test_the_table_has_means_over_seeds_and_the_paired_difference() -> None:
 def test_costs_are_medians() -> None:
     fits = [{"way": "energy", "k": 64, "seconds": value} for value in (3.0, 1.0, 2.0)]
     row = masks.cost_table(fits).iloc[0]
-    assert (row["Seconds, median"], row["Lowest to highest"], row["Masks"]) == (2.0, "1.0 to 3.0", 3)
+    assert (row["Seconds, median"], row["Lowest to highest"], row["Masks"]) == (2.0, "1.00 to 3.00", 3)
 
 
 def test_shares_are_of_each_weight() -> None:

@@ -98,7 +98,8 @@ def test_without_a_run_there_is_the_command_and_no_number() -> None:
 def test_one_recipe_is_shown_and_the_other_asked_for() -> None:
     text = recipe_section([record("paper", 0.14)])
     assert "| as documented | 10 epochs, batches of 64, constant rate 0.01 | 3 + 2 | 0.640 | 0.400 to 0.800 |" in text
-    assert "0.140 (0.040 to 0.240), SJLT | `resnet9-paper` |" in text
+    assert "0.140 (0.040 to 0.240), SJLT |" in text
+    assert "Measured in `resnet9-paper` (as documented)." in text
     assert "-p recipe=one_cycle" in text
     assert "once both have been run" in text
 
@@ -129,24 +130,23 @@ MASKED = [
 
 def test_one_line_for_each_mask() -> None:
     assert [(label, [one["lds"]["mean"] for one in rows]) for label, rows in lines(MASKED[:2])] == [
-        ("mask, then dense normal, 4,096 kept", [0.1]),
-        ("mask, then dense normal, 32,768 kept", [0.2]),
-    ]
-    assert [label for label, _ in lines(MASKED)] == [
-        "mask, then dense normal, 4,096 random",
-        "mask, then dense normal, 4,096 selected",
-        "mask, then dense normal, 32,768 random",
+        ("random mask + normal, 4,096 kept", [0.1]),
+        ("random mask + normal, 32,768 kept", [0.2]),
     ]
     assert [label for label, _ in lines([row("identity", "sjlt-64", 0.1)])] == ["SJLT"]
 
 
 def test_figures_have_a_line_and_a_legend_entry_for_each_mask(tmp_path: Path) -> None:
     rows = [row("identity", "sjlt-64", 0.1), *MASKED]
-    labels = ["SJLT", *(label for label, _ in lines(MASKED))]
+    labels = ["SJLT", *(label for label, _ in lines(MASKED[:2])), "selective mask + normal"]
     for figure in (lds_figure(rows), time_figure(rows)):
         legend = figure.axes[0].get_legend()
         assert legend is not None
         assert [text.get_text() for text in legend.get_texts()] == labels
+        drawn = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+        small, large = (drawn[label].lines[0] for label in labels[1:3])
+        assert small.get_linestyle() != large.get_linestyle()
+        assert small.get_markersize() < large.get_markersize()
     fragment = lds_figure_html(rows)
     assert all(label in fragment for label in labels)
     figure.savefig(tmp_path / "figure.png")
