@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grass_lib.report.matching import STUDIES
@@ -29,16 +29,38 @@ def mask_pairs(records: Iterable[RunRecord]) -> str:
     Returns:
         A Markdown table, or a sentence where there is nothing to compare.
     """
+    found = list(_pairs(list(records)))
+    if not found:
+        return _NONE
     lines = [
         f"| {experiment_title(pair)} | {selective['spec'].removesuffix('->identity')} | "
-        f"{_lds(random)} | {_lds(selective)} | "
-        f"{selective['lds']['mean'] - random['lds']['mean']:+.3f} | {method} |"
-        for pair, selective, random, method in _pairs(list(records))
+        f"{_lds(random)} | {_lds(selective)} | {_difference(selective, random):+.3f} | {method} |"
+        for pair, selective, random, method in found
     ]
-    if not lines:
-        return _NONE
     header = "| Pair | Compression | LDS, random mask | LDS, selective mask | Difference | Mask chosen by |\n"
-    return header + "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    return header + "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n\n" + _conclusion(found)
+
+
+def _difference(selective: Row, random: Row) -> float:
+    return selective["lds"]["mean"] - random["lds"]["mean"]
+
+
+def _conclusion(found: Sequence[tuple[str, Row, Row, str]]) -> str:
+    """How many differences are above zero, by pair, and whether any leaves the intervals of both rows."""
+    parts = []
+    for pair in dict.fromkeys(item[0] for item in found):
+        values = [_difference(selective, random) for own, selective, random, _ in found if own == pair]
+        above = sum(value > 0 for value in values)
+        parts.append(f"{above} of {len(values)} are above zero for {experiment_title(pair)}")
+    apart = sum(_apart(selective, random) for _, selective, random, _ in found)
+    surely = "In none of them" if not apart else f"In {apart} of them"
+    tail = "are the two intervals apart" if not apart else "the two intervals do not overlap"
+    return f"Of the differences, {', '.join(parts)}. {surely} {tail}.\n"
+
+
+def _apart(one: Row, other: Row) -> bool:
+    first, second = one["lds"].get("interval"), other["lds"].get("interval")
+    return bool(first and second and (first[0] > second[1] or second[0] > first[1]))
 
 
 def study_sentence(records: Iterable[RunRecord]) -> str:

@@ -17,7 +17,7 @@ RANDOM, SELECTIVE = "random_mask-32*32->sjlt-256", "selective_mask-32*32->sjlt-2
 
 
 def lines(*records):
-    return mask_pairs(records).splitlines()[2:]
+    return mask_pairs(records).split("\n\n")[0].splitlines()[2:]
 
 
 def test_rows_of_two_runs_meet():
@@ -31,6 +31,15 @@ def test_rows_of_two_runs_meet():
 def test_a_row_of_the_same_run_is_preferred():
     own = record([row(RANDOM, 0.3), row(SELECTIVE, 0.4)], masks="energy")
     assert "| +0.100 | energy |" in lines(record([row(RANDOM, 0.2)]), own)[0]
+
+
+def test_the_differences_are_put_into_words():
+    text = mask_pairs([record([row(RANDOM, 0.2)]), record([row(SELECTIVE, 0.25)], masks="learned")])
+    assert "1 of 1 are above zero" in text
+    assert text.endswith("In none of them are the two intervals apart.\n")
+    text = mask_pairs([record([row(RANDOM, 0.6)]), record([row(SELECTIVE, 0.1)], masks="learned")])
+    assert "0 of 1 are above zero" in text
+    assert text.endswith("In 1 of them the two intervals do not overlap.\n")
 
 
 def test_other_protocols_attributors_and_pairs_never_meet():
