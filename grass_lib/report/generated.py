@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from grass_lib.report.pairs import PAIRS
 from grass_lib.report.published import published_claims, published_rows, published_source
 from grass_lib.report.style import experiment_title, method_label, method_of, reference_method, stage_text
-from grass_lib.report.tables import badge, interval_text, seconds_text, table_html, with_formats
+from grass_lib.report.tables import Form, badge, interval_text, seconds_text, table_html, with_formats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,8 +130,9 @@ def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(records, dtype=object).fillna("")
-    seconds = dict.fromkeys(("Published (s)", "Measured (s)"), seconds_text)
-    return with_formats(frame, seconds | dict.fromkeys(("Ratio, published", "Ratio, measured"), "{:.2f}"))
+    formats: dict[str, Form] = dict.fromkeys(("Published (s)", "Measured (s)"), seconds_text)
+    formats |= dict.fromkeys(("Ratio, published", "Ratio, measured"), "{:.2f}")
+    return with_formats(frame, formats)
 
 
 def _words(number: int) -> str:

@@ -154,7 +154,7 @@ def split_table(result: Result) -> str:
     """
     bare = {row["batch"]: row["seconds"]["step"] for row in result["rows"] if row["step"] == "bare" and row["seconds"]}
     lines = [
-        "| ms | batch | whole step | forward, backward | compression | transfer | disk wait | curvature |",
+        "| caching, ms | batch | whole step | forward, backward | compression | transfer | disk wait | curvature |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in measured_rows(result):
