@@ -59,11 +59,15 @@ def _open(browser: Any, book: Path, page: str, theme: str = "light") -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get((book / f"{page}.html").as_uri())
-    browser.execute_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
-    browser.get_log("browser")
-    browser.get_log("performance")
-    browser.refresh()
-    WebDriverWait(browser, 40, poll_frequency=0.2).until(lambda session: session.execute_script(READY))
+    # On a busy machine the page may still write its own theme over the one that is set here, hence again.
+    for _ in range(3):
+        browser.execute_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+        browser.get_log("browser")
+        browser.get_log("performance")
+        browser.refresh()
+        WebDriverWait(browser, 40, poll_frequency=0.2).until(lambda session: session.execute_script(READY))
+        if browser.execute_script("return document.documentElement.dataset.theme") == theme:
+            return
 
 
 def _requests(browser: Any) -> list[str]:
