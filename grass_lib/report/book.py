@@ -118,7 +118,8 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
 
 def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
     """The figure of the introduction: the run nearest to the paper, or a note where there is no run at all."""
-    from grass_lib.report.figures import draw_record, figure_markdown
+    from grass_lib.report.figure_files import figure_markdown
+    from grass_lib.report.figures import draw_record
     from grass_lib.report.matching import Measured
     from grass_lib.report.style import ATTRIBUTOR_TITLES
     from grass_lib.report.tables import k_name, pick_rows

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grass_lib.report.figure_files import FORMATS, save_figure
 from grass_lib.report.lines import LineLook, aside, line_key, line_keys, line_look, lines
 from grass_lib.report.style import MARKER, METHODS, NEUTRAL, experiment_title, figure_style, method_of
 from grass_lib.report.tables import Row, interval_text, k_name, pick_rows
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from grass_lib.report.record import RunRecord
 
 logger = logging.getLogger(__name__)
-
-FORMATS = ("png", "svg", "pdf")
-# Nothing that changes from one day or version to the next goes into the files.
-_METADATA: dict[str, dict[str, Any]] = {
-    "png": {"Software": None},
-    "svg": {"Date": None, "Creator": None},
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-}
 
 
 def series(rows: Iterable[Row], value: str) -> dict[str, list[Row]]:
@@ -260,45 +253,6 @@ def time_figure(
         _legend(axes, labels)
         plt.close(figure)
     return figure
-
-
-def save_figure(figure: Figure, stem: str, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Writes a figure as PNG, SVG and PDF (or some of them), the same bytes each time.
-
-    Args:
-        figure: the figure.
-        stem: file name without suffix.
-        folder: where to write; made when missing.
-        formats: suffixes to write.
-
-    Returns:
-        The paths, in the order of the formats.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with figure_style():
-        for suffix in formats:
-            path = target / f"{stem}.{suffix}"
-            figure.savefig(path, dpi=200, metadata=_METADATA[suffix], bbox_inches="tight", transparent=True)
-            paths.append(path)
-    return paths
-
-
-def figure_markdown(name: str, caption: str, *, alt: str = "", options: Sequence[str] = ()) -> str:
-    """A generated figure for a page of the book; on a narrow page it keeps a width at which it can be read.
-
-    Args:
-        name: file below ``book/_generated/figures/``.
-        caption: below the figure.
-        alt: what it shows in a few words; the caption where there are none.
-        options: more lines such as ``:name: fig-headline``.
-
-    Returns:
-        MyST Markdown.
-    """
-    lines = [f"```{{figure}} /book/_generated/figures/{name}", *options, f":alt: {alt or caption}"]
-    return "\n".join([*lines, ":figclass: grass-figure", caption, "```"]) + "\n"
 
 
 def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:

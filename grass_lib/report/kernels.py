@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.report.figures import FORMATS, figure_markdown, save_figure
+from grass_lib.report.figure_files import FORMATS, figure_markdown, save_figure
 from grass_lib.report.results import read_result
 from grass_lib.report.style import METHODS, NEUTRAL, figure_style
 

@@ -53,9 +53,7 @@ def _conclusion(found: Sequence[tuple[str, Row, Row, str]]) -> str:
         above = sum(value > 0 for value in values)
         parts.append(f"{above} of {len(values)} are above zero for {experiment_title(pair)}")
     apart = sum(_apart(selective, random) for _, selective, random, _ in found)
-    surely = "In none of them" if not apart else f"In {apart} of them"
-    tail = "are the two intervals apart" if not apart else "the two intervals do not overlap"
-    return f"Of the differences, {', '.join(parts)}. {surely} {tail}.\n"
+    return f"Of the differences, {', '.join(parts)}. The two intervals lie apart in {apart or 'none'} of them.\n"
 
 
 def _apart(one: Row, other: Row) -> bool:

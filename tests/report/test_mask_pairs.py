@@ -36,10 +36,10 @@ def test_a_row_of_the_same_run_is_preferred():
 def test_the_differences_are_put_into_words():
     text = mask_pairs([record([row(RANDOM, 0.2)]), record([row(SELECTIVE, 0.25)], masks="learned")])
     assert "1 of 1 are above zero" in text
-    assert text.endswith("In none of them are the two intervals apart.\n")
+    assert text.endswith("The two intervals lie apart in none of them.\n")
     text = mask_pairs([record([row(RANDOM, 0.6)]), record([row(SELECTIVE, 0.1)], masks="learned")])
     assert "0 of 1 are above zero" in text
-    assert text.endswith("In 1 of them the two intervals do not overlap.\n")
+    assert text.endswith("The two intervals lie apart in 1 of them.\n")
 
 
 def test_other_protocols_attributors_and_pairs_never_meet():

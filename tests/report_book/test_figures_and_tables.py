@@ -10,7 +10,8 @@ import pytest
 from book_fixtures import CEILING, toy_images, toy_ranked, toy_record, toy_rows
 
 from grass_lib.errors import UsageError
-from grass_lib.report.figures import comparable, draw_record, lds_figure, main, save_figure, time_figure
+from grass_lib.report.figure_files import save_figure
+from grass_lib.report.figures import comparable, draw_record, lds_figure, main, time_figure
 from grass_lib.report.galleries import MAX_THUMBNAILS, image_gallery, score_text
 from grass_lib.report.interactive import lds_figure_html, published_figure_html
 from grass_lib.report.published import published_rows
