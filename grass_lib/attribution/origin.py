@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from grass_lib import __version__
 from grass_lib.attribution.caching import default_shard_size, sample_bytes
+from grass_lib.attribution.model_hash import model_sha256
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
 from grass_lib.projection import Mask
-from grass_lib.ranks import is_distributed
 from grass_lib.store import GradientStore, MemoryStore, Store
 from grass_lib.store.base import shard_list
 from grass_lib.store.formats import parse_dtype
@@ -190,18 +189,6 @@ class KeptStore:
         if self._seen_model[0] != versions:
             self._seen_model = versions, model_sha256(model)
         return self._seen_model[1]
-
-
-def model_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of a model's weights and buffers, in the order of its state dict."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if is_distributed(value):  # of a model that is sharded over ranks: all of them come here together
-            value = value.full_tensor()
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def output_name(output: Output) -> str:

@@ -63,7 +63,8 @@ def comparison(
         ks: Compressed sizes of a layer, squares.
         dampings: The relative grid.
         specs: Our compressions, if not LoGra and FactGraSS at each size.
-        device: Where it will run; dattri keeps gradients on the disk on a GPU, and cannot do so on a CPU.
+        device: Where it will run. On a GPU dattri keeps gradients on the disk, which it cannot do on a CPU, and ours
+            compiles its pass.
 
     Raises:
         UsageError: A size is not a square.
@@ -78,7 +79,10 @@ def comparison(
     logix += [LogIXOptions(rank=last, init=init, hessian="ekfac", dampings=grid) for init in ("random", "pca")]
     logix.append(LogIXOptions(rank=last, hessian="none"))
     return {
-        "grass_lib": [OursOptions(spec=str(spec), dampings=grid) for spec in our_specs(ks, specs)],
+        "grass_lib": [
+            OursOptions(spec=str(spec), dampings=grid, compile=device.startswith("cuda"))
+            for spec in our_specs(ks, specs)
+        ],
         "logix": logix,
         "dattri": [
             DattriOptions(method=method, k=k, dampings=grid, offload=offload)

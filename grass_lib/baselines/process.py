@@ -20,7 +20,7 @@ from grass_lib.baselines.workload import Outcome, Workload
 from grass_lib.errors import BaselineError, UsageError
 from grass_lib.project import package_folder
 
-LOG, FACTS, DONE = "log.txt", "facts.json", "done.txt"
+LOG, FACTS, WORK = "log.txt", "facts.json", "work.txt"
 _TAIL = 12
 
 
@@ -41,7 +41,8 @@ def run_system(
         workload: What it works on.
         options: Of the system's own class.
         folder: Where the exchange happens and the log stays; answers that are there already, of the same work and
-            source, are used again. None for a temporary one.
+            source, are used again, so that a run that was killed goes on with the options that it lacks. None for a
+            temporary one.
         timeout: Seconds after which the process is killed.
         python: Another Python than that of ``.venv-baselines``; it needs the system's package.
         facts: Whether the system's facts are checked too; they come with the first outcome's details as ``facts``.
@@ -63,16 +64,17 @@ def run_system(
     with place as name:
         home = Path(name).resolve()
         home.mkdir(parents=True, exist_ok=True)
-        digest = write_job(home, system, workload, options, facts) + package_digest()
-        done = home / DONE
-        if not (done.is_file() and done.read_text(encoding="utf-8") == digest):
-            for old in (*home.glob("outcome-*"), home / FACTS, done):
+        digest, work = write_job(home, system, workload, options, facts) + package_digest(), home / WORK
+        if not (work.is_file() and work.read_text(encoding="utf-8") == digest):
+            for old in (*home.glob("outcome-*"), home / FACTS):
                 old.unlink(missing_ok=True)
+            work.write_text(digest, encoding="utf-8")
+        wanted = [home / f"outcome-{number}.json" for number in range(len(options))] + [home / FACTS] * facts
+        if not all(path.is_file() for path in wanted):
             command = [str(runner), "-m", "grass_lib.baselines.worker", str(home)]
             code = _execute(command, home, timeout, workload.device)
             if code != 0:
                 raise BaselineError(_story(SYSTEMS[system].title, code, timeout, home / LOG, kept=folder is not None))
-            done.write_text(digest, encoding="utf-8")
         found = [read_outcome(home, number) for number in range(len(options))]
         if facts and found:
             seen = json.loads((home / FACTS).read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ _FACT_SAMPLES = 8
 
 
 def run(folder: Path) -> None:
-    """Does the job of a folder and writes its outcomes there.
+    """Does what is missing of the job of a folder and writes its outcomes there.
 
     Args:
         folder: With what `write_job` put there.
@@ -33,17 +33,21 @@ def run(folder: Path) -> None:
     system, workload, options, wants_facts = read_job(folder)
     module = importlib.import_module(SYSTEMS[system].module)
     for place, chosen in enumerate(options):
+        if (folder / f"outcome-{place}.json").is_file():
+            continue
         logger.info("%s", chosen.label)
         write_outcome(folder, place, _one(module.ADAPTER, system, workload, chosen, folder / f"work-{place}"))
         gc.collect()
         if workload.device.startswith("cuda"):
             torch.cuda.empty_cache()
-    if wants_facts:
+    if wants_facts and not (folder / "facts.json").is_file():
         few = replace(workload.first(_FACT_SAMPLES), query_ids=workload.query_ids[:2], batch_size=4)
         home = folder / "work-facts"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
-        (folder / "facts.json").write_text(json.dumps(facts_of(module, few, home), indent=1), encoding="utf-8")
+        part = home / "facts.json"
+        part.write_text(json.dumps(facts_of(module, few, home), indent=1), encoding="utf-8")
+        part.replace(folder / "facts.json")
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """`grass bench systems`: tokens per second, memory and bytes stored of every system on one model's shape, one device.
 
-Random weights and random tokens: throughput does not depend on them. The other systems need `make baselines` with a
+Random weights and random tokens: throughput does not depend on them. A run that was cut off goes on, on the same
+machine, with the rows that it lacks. The other systems need `make baselines` with a
 build of torch for the device; a machine that has no such venv takes a Python that finds them (``--python``). Without
 the command line's packages: ``python -m grass_lib.bench.systems --shape tiny --device cpu``.
 """
@@ -9,116 +10,28 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import logging
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from grass_lib.attribution.presets import factgrass_spec, logra_spec
 from grass_lib.baselines.environment import baselines_python
-from grass_lib.baselines.process import run_system
-from grass_lib.baselines.systems import (
-    BergsonOptions,
-    DattriOptions,
-    LogIXOptions,
-    Options,
-    OursOptions,
-    check_systems,
-)
-from grass_lib.baselines.workload import ModelShape, Outcome, Workload
+from grass_lib.baselines.process import package_digest, run_system
+from grass_lib.baselines.systems import Options, check_systems
+from grass_lib.baselines.workload import Outcome, Workload
+from grass_lib.bench.systems_plan import SETTINGS, Setting, options_for
 from grass_lib.errors import BaselineError, UsageError
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-COMPARED = ("grass_lib", "logix", "dattri", "bergson")
-_LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 1024,
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured on one shape.
-
-    Attributes:
-        shape: Of the model.
-        vocabulary: Tokens that there are.
-        length: Tokens of a block.
-        batch_size: Blocks in a batch.
-        tokens: Of the training set.
-        warm_up: Batches before the clocks start.
-        k: Compressed size of a layer.
-        systems: Those that take part; whole gradients do not fit, so kronfluence is not among them.
-    """
-
-    shape: ModelShape
-    vocabulary: int
-    length: int
-    batch_size: int
-    tokens: int
-    warm_up: int
-    k: int
-    systems: tuple[str, ...] = COMPARED
-
-
-SETTINGS: Mapping[str, Setting] = MappingProxyType(
-    {
-        "tiny": Setting(
-            ModelShape("gpt2", {"layers": 2, "width": 32, "heads": 2, "vocabulary": 64, "positions": 32}),
-            64, 32, 4, 512, 1, 16,
-        ),
-        "gpt2": Setting(ModelShape("gpt2", {}, "float32"), 50257, 512, 16, 500_000, 3, 4096),
-        "llama": Setting(
-            ModelShape("llama", _LLAMA_8B, "bfloat16"), 128256, 1024, 4, 1_000_000, 10, 4096, ("grass_lib", "logix"),
-        ),
-    }
-)  # fmt: skip
-"""``llama`` is the paper's protocol: 1M tokens, batch 4, block 1,024, 10 warm-up batches, LogIX's rank 64."""
-
-
-def options_for(setting: Setting, device: str) -> dict[str, list[Options]]:
-    """The options that are measured, by system; each with curvature and without.
-
-    Args:
-        setting: Of the shape.
-        device: ``cpu`` or ``cuda``.
-    """
-    gpu, side = device.startswith("cuda"), int(setting.k**0.5)
-    half = setting.shape.dtype != "float32"
-    stored = "bfloat16" if half else "float32"
-    log_dtype = "float32" if half else "none"
-    compiled: bool | Literal["blocks"] = ("blocks" if half else True) if gpu else False
-    found: dict[str, list[Options]] = {
-        "grass_lib": [
-            OursOptions(spec=str(spec), hessian=hessian, dtype=stored, compile=compiled)
-            for spec in (logra_spec(setting.k), factgrass_spec(setting.k))
-            for hessian in ("Identity", "eFIM")
-        ],
-        "logix": [LogIXOptions(rank=side, hessian=hessian, log_dtype=log_dtype) for hessian in ("none", "raw")],
-        "dattri": [
-            DattriOptions(method=method, k=setting.k, hessian=hessian, offload="disk" if gpu else "cpu")
-            for method in ("logra", "factgrass")
-            for hessian in ("Identity", "eFIM")
-        ],
-        "bergson": [BergsonOptions(side=side, hessian=hessian) for hessian in ("none", "autocorrelation")],
-    }
-    return {name: found[name] for name in setting.systems}
-
-
 def run(
     shape: str,
     *,
@@ -142,8 +55,8 @@ def run(
         folder: Where stores go while they are measured; None for a temporary folder.
         timeout: Seconds for each set of options.
         repeats: How often each is measured, in turn.
-        out: Where the JSON goes after every row, so that a run that is cut off keeps what it measured; None for
-            nowhere.
+        out: Where the JSON goes after every row; rows that are there already, of the same work, source and machine
+            since it was started, are kept. None for nowhere.
 
     Returns:
         What `write` stores.
@@ -163,37 +76,43 @@ def run(
         raise UsageError(
             f"none of {systems} takes part at shape {shape}; expected some of {', '.join(setting.systems)}"
         )
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     runner = python or baselines_python()
-    workload = _workload(setting, place, tokens)
+    workload, options_of = _workload(setting, where, tokens), options_for(setting, where)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "command": f"grass bench systems --shape {shape}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if place.startswith("cuda") else platform.machine(),
-        "device_type": place.split(":")[0],
+        "device": torch.cuda.get_device_name() if where.startswith("cuda") else platform.machine(),
+        "device_type": where.split(":")[0],
         "shape": shape,
-        "model": asdict(setting.shape),
+        "model": json.loads(json.dumps(asdict(setting.shape))),
         "tokens": workload.tokens,
         "length": setting.length,
         "batch_size": setting.batch_size,
         "warm_up": setting.warm_up,
         "k": setting.k,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine_id(),
+        "source": package_digest(),
+        "planned": [],
         "rows": [],
     }
-    plan = options_for(setting, place)
-    for number in range(repeats):
-        for name in chosen:
-            for options in plan[name]:
-                logger.info("%s (%d of %d)", options.label, number + 1, repeats)
-                home = None if folder is None else folder / f"{name}-{len(result['rows'])}"
-                result["rows"].append(_measure(name, workload, options, runner, home, timeout, number))
-                claim = throughput_percent_faster(result["rows"])
-                if claim is not None:
-                    result["throughput_percent_faster"] = claim
-                if out is not None:
-                    write(result, out)
+    plan = [(number, options) for number in range(repeats) for name in chosen for options in options_of[name]]
+    result["planned"] = [options.label for _, options in plan]
+    there = _kept(out, result)
+    for place, (number, options) in enumerate(plan):
+        row = there.get(_key(options.system, options.to_json(), number))
+        if row is None:
+            logger.info("%s (%d of %d)", options.label, place + 1, len(plan))
+            home = None if folder is None else folder / f"{options.system}-{place}"
+            row = _measure(options.system, workload, options, runner, home, timeout, number)
+        result["rows"].append(row)
+        claim = throughput_percent_faster(result["rows"])
+        if claim is not None:
+            result["throughput_percent_faster"] = claim
+        if out is not None:
+            write(result, out)
     return result
 
 
@@ -232,6 +151,30 @@ def summary(result: Mapping[str, Any]) -> str:
     if result.get("throughput_percent_faster") is not None:
         text.append(f"FactGraSS is {result['throughput_percent_faster']:.0f} % faster than LogIX's LoGra")
     return "\n".join(text)
+
+
+def machine_id() -> str:
+    """A hash that stays the same on one machine until it is started again: only then do timings compare."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    started = boot.read_text(encoding="ascii") if boot.is_file() else ""
+    return hashlib.sha256(f"{platform.node()} {started}".encode()).hexdigest()[:16]
+
+
+def _key(system: str, options: Mapping[str, Any], number: int) -> str:
+    return json.dumps([system, options, number], sort_keys=True)
+
+
+def _kept(path: Path | None, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run that this one would measure in just the same way; failed ones are measured again."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        fits = all(found.get(name) == head[name] for name in head if name not in ("rows", "date", "planned"))
+        rows = [row for row in found["rows"] if not row["error"]] if fits else []
+        return {_key(row["system"], row["options"], row["repeat"]): row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _workload(setting: Setting, device: str, tokens: int) -> Workload:

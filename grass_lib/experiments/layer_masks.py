@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from grass_lib.attribution.origin import model_sha256
+from grass_lib.attribution.model_hash import model_sha256
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.masks.stages import StageMasks, fit_stages, stage_files

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_lib.attribution.origin import model_sha256
+from grass_lib.attribution.model_hash import model_sha256
 from grass_lib.errors import UsageError
 from grass_lib.experiments import mlp_mnist
 from grass_lib.experiments.base import resolve_device

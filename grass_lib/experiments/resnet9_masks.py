@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from grass_lib.attribution.origin import model_sha256
+from grass_lib.attribution.model_hash import model_sha256
 from grass_lib.experiments.base import resolve_device
 from grass_lib.experiments.data.cifar2 import Photos
 from grass_lib.experiments.models.resnet9 import ResNet9

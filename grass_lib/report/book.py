@@ -177,6 +177,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.published import published_rows
     from grass_lib.report.recipes import recipe_section
     from grass_lib.report.scaling import write_scaling_parts
+    from grass_lib.report.sides import sides_sentence
     from grass_lib.report.storage import write_plan_parts
     from grass_lib.report.systems_bench import write_systems_parts
     from grass_lib.report.throughput import write_throughput_parts
@@ -201,6 +202,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "recipes.md").write_text(recipe_section(records), encoding="utf-8")
     (generated / "mask_pairs.md").write_text(mask_pairs(records), encoding="utf-8")
     (generated / "mask_study.md").write_text(study_sentence(records), encoding="utf-8")
+    (generated / "music_sides.md").write_text(sides_sentence(rows, "musictransformer_maestro"), encoding="utf-8")
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)

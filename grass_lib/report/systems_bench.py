@@ -56,6 +56,8 @@ def systems_markdown(result: Mapping[str, Any]) -> str:
             f"| {row['label']} | {row['tokens_per_second']:,.0f} | {row['tokens_per_second_ready']:,.0f} | {peak} "
             f"| {row['stored_bytes'] / 1e9:.3f} |"
         )
+    missing = [label for label in result.get("planned", ()) if label not in {row["label"] for row in result["rows"]}]
+    lines += [f"| {label} | not measured: the run was stopped | | | |" for label in missing]
     if rows:
         fastest = max(rows, key=lambda row: row["tokens_per_second_ready"])
         lines += ["", f"Most tokens per second, ready to score: {fastest['label']}."]

@@ -96,6 +96,19 @@ def test_answers_of_the_same_work_are_used_again(workload, tmp_path):
         run_system("grass_lib", workload, [OursOptions(spec="normal-2*2->identity")], python=broken, folder=home)
 
 
+def test_a_killed_job_goes_on_with_the_options_that_it_lacks(workload, tmp_path):
+    home, options = tmp_path / "home", [OursOptions(spec=f"normal-{k}*{k}->identity") for k in (2, 4)]
+    first = run_system("grass_lib", workload, options, python=sys.executable, folder=home)
+    note = home / "outcome-0.json"
+    kept = note.read_text().replace('"stored_bytes": ', '"stored_bytes": 1')
+    note.write_text(kept)
+    (home / "outcome-1.json").unlink()
+    again = run_system("grass_lib", workload, options, python=sys.executable, folder=home)
+    assert note.read_text() == kept
+    assert again[0].stored_bytes == int(f"1{first[0].stored_bytes}")
+    assert torch.equal(again[1].scores, first[1].scores)
+
+
 def test_without_the_venv_the_error_says_what_to_do(monkeypatch, tmp_path, workload):
     monkeypatch.setenv("GRASS_BASELINES", str(tmp_path / "nowhere"))
     assert "make baselines" in missing_baselines()

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from grass_lib.bench.systems import SETTINGS, options_for, run, summary, throughput_percent_faster, write
+from grass_lib.bench import systems
+from grass_lib.bench.systems import run, summary, throughput_percent_faster, write
+from grass_lib.bench.systems_plan import SETTINGS, options_for
 from grass_lib.errors import UsageError
 
 
@@ -14,7 +16,7 @@ def test_the_smallest_shape(tmp_path):
     result = run("tiny", device="cpu", systems="grass_lib", python=sys.executable)
     write(result, tmp_path / "systems.json")
     found = json.loads((tmp_path / "systems.json").read_text())
-    assert [row["error"] for row in found["rows"]] == [""] * 4
+    assert [row["error"] for row in found["rows"]] == [""] * 2
     assert all(row["tokens_per_second"] > 0 and row["stored_bytes"] > 0 for row in found["rows"])
     assert "faster" not in summary(found)  # nothing to compare with
     assert "FactGraSS-16" in summary(found)
@@ -27,6 +29,33 @@ def test_a_system_that_fails_leaves_its_error(tmp_path):
     result = run("tiny", device="cpu", systems="logix", python=python)
     assert all("no such library" in row["error"] for row in result["rows"])
     assert "exit code 1" in summary(result)
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_it_lacks(tmp_path, monkeypatch):
+    out, asked = tmp_path / "systems.json", []
+
+    def measured(name, workload, options, *more):
+        asked.append(options.label)
+        number = len(asked)
+        row = {"system": name, "label": options.label, "options": options.to_json(), "repeat": more[-1]}
+        return row | {"error": "killed" if number == 2 else "", "tokens_per_second_ready": float(number)}
+
+    monkeypatch.setattr(systems, "_measure", measured)
+    first = run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
+    assert [row["error"] for row in first["rows"]] == ["", "killed"]
+    again = run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
+    assert asked == [first["planned"][0], first["planned"][1], first["planned"][1]]
+    assert [row["tokens_per_second_ready"] for row in again["rows"]] == [1.0, 3.0]
+    assert json.loads(out.read_text())["rows"] == json.loads(json.dumps(again["rows"]))
+    # Timings of another machine are no part of this run, and neither are those of other work.
+    monkeypatch.setattr(systems, "machine_id", lambda: "another")
+    run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
+    assert len(asked) == 5
+    run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out, tokens=1024)
+    assert len(asked) == 7
+    out.write_text("no JSON")
+    run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
+    assert len(asked) == 9
 
 
 def test_the_paper_s_protocol():

@@ -25,11 +25,12 @@ def test_a_bank_is_whole_and_says_something(folder):
     bank = RetrainingBank.load(folder)
     assert (bank.subsets.sum(dim=1) == bank.subsets.shape[1] // 2).all()
     ceiling = noise_ceiling(bank, torch.arange(bank.n_query))
-    with (folder.parent / "windows.csv").open(encoding="utf-8") as file:
+    (order,) = folder.parent.glob("*.csv")
+    with order.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    counts = Counter()
+    counts, unit = Counter(), order.stem.removesuffix("s")
     for row in rows:
-        counts[row["role"]] += int(row["last_window"]) - int(row["first_window"]) + 1
+        counts[row["role"]] += int(row[f"last_{unit}"]) - int(row[f"first_{unit}"]) + 1
     assert counts == {"train": bank.subsets.shape[1], "query": bank.n_query}
     # Two seeds of the same subsets agree: there is something to predict.
     assert ceiling is not None

@@ -11,7 +11,8 @@ from grass_lib.report.schema import RunRecord
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch):
+def registry(monkeypatch, tmp_path):
+    monkeypatch.setattr("grass_lib.report.claims.project_root", lambda: tmp_path)  # without committed benchmarks
     monkeypatch.setattr("grass_lib.experiments.EXPERIMENTS", {"mlp_mnist": None}, raising=False)
 
 
