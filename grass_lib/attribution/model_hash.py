@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def model_sha256(model: nn.Module) -> str:
             if not isinstance(value, Tensor):
                 continue
             sharded = is_distributed(value)
-            whole = value.full_tensor() if sharded else value
+            whole: Tensor = cast(Any, value).full_tensor() if sharded else value
             pieces = whole.detach().contiguous().view(-1).view(torch.uint8).split(PIECE)
             parts.append((f"{name} {tuple(whole.shape)} {whole.dtype}\n", [pool.submit(_sha256, p) for p in pieces]))
             if sharded:  # one gathered tensor at a time is in memory

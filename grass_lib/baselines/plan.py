@@ -21,6 +21,27 @@ RELATIVE_DEFAULT = 0.1
 """The relative damping that LogIX, bergson and kronfluence have as a default or an option."""
 
 
+def damping_values(text: str, default: Sequence[float]) -> tuple[float, ...]:
+    """A damping grid as it is typed.
+
+    Args:
+        text: Numbers with commas between them; empty for the default.
+        default: The grid where none is typed.
+
+    Raises:
+        UsageError: One is no number above 0.
+    """
+    if not text.strip():
+        return tuple(default)
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or any(not 0.0 < value < math.inf for value in found):
+        raise UsageError(f"dampings is {text!r}; expected numbers above 0 with commas between them, such as 0.01,0.1,1")
+    return tuple(sorted(set(found)))
+
+
 def sides(ks: Sequence[int]) -> list[int]:
     """Square roots of compressed sizes.
 
@@ -57,7 +78,7 @@ def comparison(
     """The options that are compared, by system.
 
     LogIX has both of the paper's initialisations at every size with its Hessian ``raw``, and at the largest size the
-    Hessians ``ekfac`` and ``none`` too.
+    Hessians ``ekfac`` and ``none`` too. The others but ours have the largest size alone.
 
     Args:
         ks: Compressed sizes of a layer, squares.
@@ -85,10 +106,8 @@ def comparison(
         ],
         "logix": logix,
         "dattri": [
-            DattriOptions(method=method, k=k, dampings=grid, offload=offload)
-            for k in ks
-            for method in ("logra", "factgrass")
+            DattriOptions(method=method, k=ks[-1], dampings=grid, offload=offload) for method in ("logra", "factgrass")
         ],
-        "bergson": [BergsonOptions(side=rank, dampings=grid) for rank in ranks],
+        "bergson": [BergsonOptions(side=last, dampings=grid)],
         "kronfluence": [KronfluenceOptions(dampings=(RELATIVE_DEFAULT,))],
     }

@@ -32,6 +32,8 @@ from grass_lib.errors import BaselineError, UsageError
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+
+
 def run(
     shape: str,
     *,

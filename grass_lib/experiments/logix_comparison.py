@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grass_lib.baselines.environment import missing_baselines
-from grass_lib.baselines.plan import comparison
+from grass_lib.baselines.plan import comparison, damping_values
 from grass_lib.baselines.systems import check_systems
 from grass_lib.errors import UsageError
 from grass_lib.experiments import gpt2_wikitext
@@ -61,7 +61,8 @@ def validate(scale: str, parameters: Mapping[str, Any]) -> None:
         raise UsageError(f"batch_size is {parameters['batch_size']}; expected 1 or more blocks")
     blocks(chosen, parameters["tokens"])
     check_systems(parameters["systems"])
-    comparison(sizes(chosen), chosen.damping_grid(), specs=parameters["specs"])
+    grid = damping_values(parameters["dampings"], chosen.damping_grid())
+    comparison(sizes(chosen), grid, specs=parameters["specs"])
     if parameters["specs"]:
         chosen.compressions(parameters["specs"])
     resolve_device(parameters["device"])

@@ -189,7 +189,7 @@ def assemble(root: str | Path) -> list[Shown]:
     executed, generated = _fresh(root / "book" / "executed"), _fresh(root / "book" / "_generated")
     shown = _write_pages(root, executed, generated)
     records = verified_records(root, scale="paper")
-    rows = ledger_rows(records)
+    rows = ledger_rows(records, root / "book" / "measured")
     write_ledger(rows, generated)
     _substitutes(rows, generated)
     pages = pages_in_toc(root / "_toc.yml")

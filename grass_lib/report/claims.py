@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from grass_lib.project import project_root
@@ -29,13 +30,16 @@ FIELDS = (
 )
 
 
-def claim_row(index: RowIndex, claim: Mapping[str, Any], registered: Iterable[str]) -> dict[str, Any]:
+def claim_row(
+    index: RowIndex, claim: Mapping[str, Any], registered: Iterable[str], benchmarks: Path | None = None
+) -> dict[str, Any]:
     """The throughput claim; ours is the record's note `THROUGHPUT`, or the benchmark of all systems.
 
     Args:
         index: Of our records.
         claim: Of the published ones.
         registered: Experiments that there are.
+        benchmarks: Folder of their results; None for ``book/measured`` of the project.
 
     Returns:
         With the keys `FIELDS`.
@@ -43,7 +47,7 @@ def claim_row(index: RowIndex, claim: Mapping[str, Any], registered: Iterable[st
     stated = re.search(r"(\d+(?:\.\d+)?) ?%", claim["claim"])
     record = index.known(claim["experiment"])
     measured = None if record is None else record.extra.get(THROUGHPUT)
-    bench = None if measured is not None else throughput_bench(claim["experiment"])
+    bench = None if measured is not None else throughput_bench(claim["experiment"], benchmarks)
     published = float(stated[1]) if stated else None
     row = dict.fromkeys(FIELDS) | {
         "experiment": claim["experiment"],
@@ -87,13 +91,14 @@ def claim_row(index: RowIndex, claim: Mapping[str, Any], registered: Iterable[st
     }
 
 
-def throughput_bench(experiment: str) -> dict[str, Any] | None:
+def throughput_bench(experiment: str, benchmarks: Path | None = None) -> dict[str, Any] | None:
     """The committed result of ``grass bench systems`` on a claim's shape; None where there is none from a GPU.
 
     Args:
         experiment: of the claim.
+        benchmarks: Folder of results; None for ``book/measured`` of the project.
     """
     shape = experiment.split("_")[0].rstrip("0123456789")
-    found = load_systems(project_root() / "book" / "measured", shape)
+    found = load_systems(benchmarks or project_root() / "book" / "measured", shape)
     fits = found is not None and found.get("device_type") == "cuda" and found.get(THROUGHPUT) is not None
     return found if fits else None

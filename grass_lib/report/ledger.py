@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from grass_lib.report.claims import THROUGHPUT, claim_row
@@ -204,7 +205,7 @@ def _row(index: RowIndex, published: Mapping[str, Any], metric: str, registered:
     }
 
 
-def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
+def ledger_rows(records: Iterable[RunRecord], benchmarks: Path | None = None) -> list[dict[str, Any]]:
     """One row per published figure and metric, and one per published claim.
 
     Only records of scale ``paper`` fill ``measured``. The published rows called ``fjlt`` are set beside our
@@ -212,6 +213,7 @@ def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
 
     Args:
         records: run records, the preferred ones first.
+        benchmarks: folder of the results of ``grass bench``; None for ``book/measured`` of the project.
 
     Returns:
         Dictionaries with the keys `FIELDS`, in the order of the published rows. ``interval`` is ``[low, high]`` of
@@ -222,4 +224,4 @@ def ledger_rows(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
     index = RowIndex(records)
     registered = frozenset(EXPERIMENTS)
     rows = [_row(index, published, metric, registered) for published in published_rows() for metric in METRICS]
-    return rows + [claim_row(index, claim, registered) for claim in published_claims()]
+    return rows + [claim_row(index, claim, registered, benchmarks) for claim in published_claims()]

@@ -46,13 +46,23 @@ def described(options: Options) -> tuple[str, str]:
     return "identity", options.system
 
 
-def costs(outcome: Outcome, tokens: int) -> dict[str, Any]:
+def costs(outcome: Outcome, tokens: int, *, alone: bool = True) -> dict[str, Any]:
     """Fields of a result row that say what a system cost.
 
     Args:
         outcome: Of the system.
         tokens: Of the training sequences.
+        alone: Whether nothing else ran at that time; if not, seconds and memory are left out.
     """
+    if not alone:
+        return {
+            "system": outcome.system,
+            "label": outcome.label,
+            "version": outcome.version,
+            "stored_bytes": outcome.stored_bytes,
+            "in_memory": bool(outcome.details.get("in_memory")),
+            "layers": outcome.details.get("layers"),
+        }
     caching = [outcome.peak_bytes[name] for name in CACHING if name in outcome.peak_bytes]
     walk = outcome.tokens_per_second(tokens, curvature=False) if outcome.seconds.get("gradients") else None
     return {

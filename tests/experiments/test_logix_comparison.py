@@ -10,7 +10,7 @@ from grass_lib.runner.planning import plan
 
 GIVEN = {
     "model": "random", "tokens": 0, "systems": "", "specs": "", "batch_size": 32, "n_lds_models": 0, "seed": 0,
-    "data": "wikitext-2-raw-v1", "base": "pretrained", "device": "cpu",
+    "data": "wikitext-2-raw-v1", "base": "pretrained", "device": "cpu", "dampings": "", "at_once": False,
 }  # fmt: skip
 
 
@@ -24,6 +24,8 @@ GIVEN = {
         ({"batch_size": 0}, "batch_size is 0"),
         ({"specs": "random_mask-64->sjlt-16"}, "factored"),
         ({"device": "toaster"}, "toaster"),
+        ({"dampings": "0.1,much"}, "0.1,much"),
+        ({"dampings": "0.1,-1"}, "above 0"),
     ],
 )
 def test_wrong_parameters_are_named(changed, message):
