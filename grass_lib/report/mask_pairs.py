@@ -27,7 +27,7 @@ def mask_pairs(records: Iterable[RunRecord]) -> str:
         records: Verified runs at paper scale.
 
     Returns:
-        A Markdown table, or a sentence where there is nothing to compare.
+        MyST: what the differences say, and the table folded; or a sentence where there is nothing to compare.
     """
     found = list(_pairs(list(records)))
     if not found:
@@ -37,8 +37,12 @@ def mask_pairs(records: Iterable[RunRecord]) -> str:
         f"{_lds(random)} | {_lds(selective)} | {_difference(selective, random):+.3f} | {method} |"
         for pair, selective, random, method in found
     ]
-    header = "| Pair | Compression | LDS, random mask | LDS, selective mask | Difference | Mask chosen by |\n"
-    return header + "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n\n" + _conclusion(found)
+    header = [
+        "| Pair | Compression | LDS, random mask | LDS, selective mask | Difference | Mask chosen by |",
+        "|---|---|---|---|---|---|",
+    ]
+    table = "\n".join([*header, *lines])
+    return f"{_conclusion(found)}\n:::{{dropdown}} Every compression\n{table}\n:::\n"
 
 
 def _difference(selective: Row, random: Row) -> float:

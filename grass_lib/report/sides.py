@@ -1,9 +1,11 @@
-"""On which side of the published values ours lie: compressions with a mask, and those of the whole gradient."""
+"""On which side of the published values ours lie: masks, masks with a projection behind them, projections alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+_KINDS = ("masks", "masks with a projection behind them", "projections of the whole gradient")
 
 
 def sides_sentence(rows: Iterable[Mapping[str, Any]], experiment: str) -> str:
@@ -21,8 +23,8 @@ def sides_sentence(rows: Iterable[Mapping[str, Any]], experiment: str) -> str:
     if not measured:
         return "Nothing is measured yet that can be compared.\n"
     parts = []
-    for title, masked in (("compressions with a mask", True), ("projections of the whole gradient", False)):
-        values = [row["measured"] - row["published"] for row in measured if _has_mask(row) == masked]
+    for title in _KINDS:
+        values = [row["measured"] - row["published"] for row in measured if _kind(row) == title]
         if values:
             above = sum(value > 0 for value in values)
             mean = sum(values) / len(values)
@@ -34,5 +36,7 @@ def sides_sentence(rows: Iterable[Mapping[str, Any]], experiment: str) -> str:
     return text[0].upper() + text[1:] + ".\n"
 
 
-def _has_mask(row: Mapping[str, Any]) -> bool:
-    return "mask" in row["sparsification"] or "mask" in row["projection"]
+def _kind(row: Mapping[str, Any]) -> str:
+    if "mask" in row["projection"]:
+        return _KINDS[0]
+    return _KINDS[1] if "mask" in row["sparsification"] else _KINDS[2]
