@@ -6,7 +6,7 @@ seconds by phase, peak memory, bytes stored.
 """
 
 from grass_lib.baselines.environment import baseline_versions, baselines_python, baselines_stamp, missing_baselines
-from grass_lib.baselines.process import run_system, run_systems
+from grass_lib.baselines.process import run_system
 from grass_lib.baselines.systems import (
     SYSTEMS,
     BergsonOptions,
@@ -34,5 +34,4 @@ __all__ = [
     "baselines_stamp",
     "missing_baselines",
     "run_system",
-    "run_systems",
 ]

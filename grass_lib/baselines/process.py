@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -81,39 +80,6 @@ def run_system(
             seen = json.loads((home / FACTS).read_text(encoding="utf-8"))
             found[0] = Outcome(**{**vars(found[0]), "details": {**found[0].details, "facts": seen}})
         return found
-
-
-def run_systems(
-    jobs: Mapping[str, Sequence[Options]],
-    workload: Workload,
-    *,
-    folder: Path,
-    timeout: float = 3600.0,
-    facts: bool = False,
-) -> dict[str, list[Outcome]]:
-    """Runs several systems at the same time, each as `run_system` does. Seconds and memory then say nothing.
-
-    Args:
-        jobs: Options by system.
-        workload: What all of them work on.
-        folder: Each has a folder of its own in it.
-        timeout: Seconds for each system.
-        facts: As for `run_system`.
-
-    Returns:
-        Outcomes by system.
-
-    Raises:
-        UsageError: A system is not known or not installed, or options are of another one.
-        BaselineError: A worker failed, once the others have ended; what they found is kept.
-    """
-
-    def one(system: str) -> list[Outcome]:
-        return run_system(system, workload, jobs[system], folder=folder / system, timeout=timeout, facts=facts)
-
-    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
-        futures = {system: pool.submit(one, system) for system in jobs}
-    return {system: future.result() for system, future in futures.items()}
 
 
 @cache

@@ -27,7 +27,7 @@ def sides_sentence(rows: Iterable[Mapping[str, Any]], experiment: str) -> str:
         values = [row["measured"] - row["published"] for row in measured if _kind(row) == title]
         if values:
             above = sum(value > 0 for value in values)
-            mean = sum(values) / len(values)
+            mean = round(sum(values) / len(values), 3) + 0.0  # no negative zero
             parts.append(
                 f"of {len(values)} {title}, {above} are above the published value and {len(values) - above} below "
                 f"({mean:+.3f} on average)"

@@ -21,7 +21,6 @@ from grass_lib.baselines import (
     baselines_python,
     missing_baselines,
     run_system,
-    run_systems,
 )
 from grass_lib.baselines.exchange import read_job, read_outcome, write_job, write_outcome
 from grass_lib.baselines.plan import comparison, damping_values
@@ -118,18 +117,6 @@ def test_a_killed_job_goes_on_with_the_options_that_it_lacks(workload, tmp_path)
     assert note.read_text() == kept
     assert again[0].stored_bytes == int(f"1{first[0].stored_bytes}")
     assert torch.equal(again[1].scores, first[1].scores)
-
-
-def test_several_systems_at_the_same_time(workload, tmp_path, monkeypatch):
-    monkeypatch.setattr("grass_lib.baselines.process.baselines_python", lambda: sys.executable)
-    jobs = {"grass_lib": [OursOptions(spec="normal-2*2->identity")]}
-    found = run_systems(jobs, workload, folder=tmp_path / "home")
-    alone = run_system("grass_lib", workload, jobs["grass_lib"])
-    assert torch.equal(found["grass_lib"][0].scores, alone[0].scores)
-    # One that fails is told, and what the others found is kept.
-    with pytest.raises(BaselineError, match="kronfluence"):
-        run_systems({**jobs, "kronfluence": [KronfluenceOptions()]}, workload, folder=tmp_path / "home")
-    assert (tmp_path / "home" / "grass_lib" / "outcome-0.json").is_file()
 
 
 def test_a_damping_grid_as_it_is_typed():

@@ -10,7 +10,12 @@ def row(measured, published, *, mask=False, **more):
 
 
 def test_masks_and_whole_gradients_are_counted_apart():
-    rows = [row(0.2, 0.1, mask=True), row(0.1, 0.2, mask=True), row(0.25, 0.3), row(0.5, 0.1, sparsification="random_mask-4")]
+    rows = [
+        row(0.2, 0.1, mask=True),
+        row(0.1, 0.2, mask=True),
+        row(0.25, 0.3),
+        row(0.5, 0.1, sparsification="random_mask-4"),
+    ]
     rows += [row(None, 0.3), row(0.9, 0.1, verdict="not comparable"), row(0.9, 0.1, metric="projection_seconds")]
     text = sides_sentence([*rows, row(0.9, 0.1, experiment="other")], "pair")
     assert text == (
