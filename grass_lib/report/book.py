@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,12 +108,28 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
             (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
             continue
         notebook = nbformat.read(found.folder / "notebook.ipynb", as_version=4)
-        shown_page = to_page(notebook, found.record, page, changed_parameters(found.folder))
+        others = list(_stored_variants(root, found, notebooks, records))
+        shown_page = to_page(notebook, found.record, page, changed_parameters(found.folder), others)
         nbformat.write(with_music(shown_page, found.record), executed / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "notebook.ipynb", notebooks / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "record.json", records / f"{page.stem}.json")
         shown.append(found)
     return shown
+
+
+def _stored_variants(root: Path, shown: Shown, notebooks: Path, records: Path) -> Iterator[tuple[str, str]]:
+    """Full-scale runs of the same pair with other parameters: what each was changed in, and the stem of its copies."""
+    from grass_lib.runner import verify_run
+
+    page = shown.page
+    for folder in sorted((root / "book" / "measured").glob(f"{page.experiment}-{page.scale}-*")):
+        for path, record in _records([folder]):
+            if record.run_id == shown.record.run_id or verify_run(path):
+                continue
+            shutil.copyfile(path / "notebook.ipynb", notebooks / f"{path.name}.ipynb")
+            shutil.copyfile(path / "record.json", records / f"{path.name}.json")
+            changed = " ".join(f"{name}={record.parameters.get(name)}" for name in changed_parameters(path))
+            yield changed or record.run_id, path.name
 
 
 def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:

@@ -6,7 +6,7 @@ import html
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,13 +110,33 @@ def changed_parameters(folder: Path) -> list[str]:
     return list(json.loads(path.read_text(encoding="utf-8")).get("changed") or []) if path.is_file() else []
 
 
-def provenance(record: RunRecord, page: Page, changed: Sequence[str] = ()) -> str:
+def other_runs_text(others: Iterable[tuple[str, str]]) -> str:
+    """Stored runs of a pair beside the one that its page shows, to be downloaded.
+
+    Args:
+        others: What each was changed in, and the stem of its files.
+
+    Returns:
+        MyST Markdown; empty without any.
+    """
+    found = [
+        f"`{changed}` ({{download}}`notebook <../_generated/notebooks/{stem}.ipynb>`, "
+        f"{{download}}`record <../_generated/records/{stem}.json>`)"
+        for changed, stem in others
+    ]
+    return f"Other stored runs: {'; '.join(found)}." if found else ""
+
+
+def provenance(
+    record: RunRecord, page: Page, changed: Sequence[str] = (), others: Iterable[tuple[str, str]] = ()
+) -> str:
     """A box in MyST that says where the numbers of a page come from.
 
     Args:
         record: the run's record.
         page: the page that shows it.
         changed: parameters that differ from the notebook's own values.
+        others: other stored runs, as for `other_runs_text`.
 
     Returns:
         MyST Markdown.
@@ -145,12 +165,19 @@ def provenance(record: RunRecord, page: Page, changed: Sequence[str] = ()) -> st
         f"Get the {{download}}`run record <../_generated/records/{page.stem}.json>` or the "
         f"{{download}}`executed notebook <../_generated/notebooks/{page.stem}.ipynb>`, "
         f"or make the run again: `{page.command}{again}`.",
-        ":::",
     ]
+    beside = other_runs_text(others)
+    lines += ["", beside, ":::"] if beside else [":::"]
     return "\n".join(lines)
 
 
-def to_page(notebook: NotebookNode, record: RunRecord, page: Page, changed: Sequence[str] = ()) -> NotebookNode:
+def to_page(
+    notebook: NotebookNode,
+    record: RunRecord,
+    page: Page,
+    changed: Sequence[str] = (),
+    others: Iterable[tuple[str, str]] = (),
+) -> NotebookNode:
     """A copy of an executed notebook made ready for the book; the outputs are left as they are.
 
     Code is folded behind a click, the title names the scale, a box under it says where the numbers come from, and
@@ -161,6 +188,7 @@ def to_page(notebook: NotebookNode, record: RunRecord, page: Page, changed: Sequ
         record: its run record.
         page: where it goes.
         changed: parameters that differ from the notebook's own values.
+        others: other stored runs, as for `other_runs_text`.
 
     Returns:
         A new notebook.
@@ -185,7 +213,7 @@ def to_page(notebook: NotebookNode, record: RunRecord, page: Page, changed: Sequ
     if not position:
         copy.cells.insert(0, new_markdown_cell(f"# {page.title}", id="page-title"))
         position = 1
-    copy.cells.insert(position, new_markdown_cell(provenance(record, page, changed), id="page-provenance"))
+    copy.cells.insert(position, new_markdown_cell(provenance(record, page, changed, others), id="page-provenance"))
     return copy
 
 

@@ -119,3 +119,25 @@ def test_texts() -> None:
     assert "not the paper's" in provenance(toy_record(), EMBEDDED)
     assert "not the paper's" not in provenance(toy_record(scale="paper"), Page("mlp_mnist", "paper"))
     assert "because" in stub(EMBEDDED, ["`run`: because"])
+
+
+def test_stored_runs_with_other_parameters_can_be_had_from_the_page(sources: Path) -> None:
+    measured = sources / "book/measured"
+    write_run(measured / "mlp_mnist-paper", toy_record("own", scale="paper"))
+    write_run(
+        measured / "mlp_mnist-paper-absolute",
+        toy_record("other", scale="paper", parameters={"convention": "paper"}),
+        changed=["convention"],
+    )
+    write_run(measured / "mlp_mnist-paper-broken", toy_record("broken", scale="paper"))
+    (measured / "mlp_mnist-paper-broken" / "notebook.ipynb").write_text("{}")
+    assemble(sources)
+    box = nbformat.read(sources / "book/executed/mlp_mnist_paper.ipynb", as_version=4).cells[1].source
+    assert "Run `own`" in box
+    assert "Other stored runs: `convention=paper` ({download}`notebook" in box
+    assert "broken" not in box
+    assert (sources / "book/_generated/notebooks/mlp_mnist-paper-absolute.ipynb").is_file()
+    assert (
+        json.loads((sources / "book/_generated/records/mlp_mnist-paper-absolute.json").read_text())["run_id"] == "other"
+    )
+    assert "Other stored runs" not in provenance(toy_record(), EMBEDDED)
