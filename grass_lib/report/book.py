@@ -128,8 +128,14 @@ def _stored_variants(root: Path, shown: Shown, notebooks: Path, records: Path) -
                 continue
             shutil.copyfile(path / "notebook.ipynb", notebooks / f"{path.name}.ipynb")
             shutil.copyfile(path / "record.json", records / f"{path.name}.json")
-            changed = " ".join(f"{name}={record.parameters.get(name)}" for name in changed_parameters(path))
+            changed = " ".join(_short(name, record.parameters.get(name)) for name in changed_parameters(path))
             yield changed or record.run_id, path.name
+
+
+def _short(name: str, value: Any) -> str:
+    """A parameter; a long list is counted."""
+    text = str(value)
+    return f"{name}={text}" if len(text) < 40 else f"{name}=({len(text.split(','))} of them)"
 
 
 def _headline(shown: list[Shown], pages: list[Page], folder: Path) -> str:
