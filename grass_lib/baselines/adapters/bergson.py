@@ -114,14 +114,7 @@ class BergsonAdapter(Adapter):
         bergson = importlib.import_module("bergson")
         with self.phases("scoring"):
             if self.options.hessian == "autocorrelation":
-                preconditioner = importlib.import_module("bergson.hessians.preconditioner").DensePreconditioner
-                inversion = importlib.import_module("bergson.config").InversionConfig(
-                    damping_factor=DEFAULT_DAMPING if damping is None else damping
-                )
-                inverse = preconditioner.from_processor(
-                    self._fitted, inversion_cfg=inversion, device=self.workload.device
-                )
-                queries = inverse.apply(queries)
+                queries = self._preconditioner(DEFAULT_DAMPING if damping is None else damping).apply(queries)
             writer = importlib.import_module("bergson.score.score_writer").InMemorySequenceScoreWriter(
                 len(self.workload.train_ids), len(self.workload.query_ids), dtype=torch.float32
             )
@@ -135,6 +128,16 @@ class BergsonAdapter(Adapter):
             rows = self._layers(self._index)
             scorer(list(range(len(self.workload.train_ids))), rows)
             return torch.as_tensor(writer.scores).float()
+
+    def _preconditioner(self, damping: float) -> Any:
+        """Of the eigenvectors that the fit has made: ``from_processor`` would make them anew for every damping."""
+        multiplier = importlib.import_module("bergson.hessians.inversion").eigenvalue_multiplier
+        inverses = {}
+        for name, (found, vectors) in self._fitted.hessians_eigen.items():
+            values, vectors = found.double().clamp_min(0), vectors.to(self.workload.device)
+            factors = multiplier("damped_inverse", values, values.mean(), damping)
+            inverses[name] = vectors * factors.to(vectors) @ vectors.mT
+        return importlib.import_module("bergson.hessians.preconditioner").DensePreconditioner(inverses)
 
     def _matrices(self) -> dict[str, Tensor]:
         """Each side's matrix as ``x @ matrix``; without a bias column its row is zero."""
