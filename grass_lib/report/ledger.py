@@ -78,17 +78,18 @@ def _beside(index: RowIndex, published: Mapping[str, Any], metric: str) -> str:
 
 
 def _damping_text(published: Mapping[str, Any], item: Measured) -> str:
-    damping = item.row.get("damping")
-    if damping is None:
+    if item.row.get("damping") is None:
         return ""
+    edge = "(edge of the grid)" if item.row.get("damping_at_edge") else ""
+    damping = f"{item.row['damping']:g} {edge}".rstrip()
     convention = item.row.get("damping_convention")
     if published["attributor"] != "trak":  # the reference's influence functions have relative damping, as ours
-        return f"; damping {damping:g}, published {published['damping']:g}, both relative to the mean eigenvalue"
+        return f"; damping {damping}, published {published['damping']:g}, both relative to the mean eigenvalue"
     if like_for_like(published["projection"]) != published["projection"]:
-        return f"; damping {damping:g} ({convention})"
+        return f"; damping {damping} ({convention})"
     if convention == "paper":
-        return f"; damping {damping:g}, published {published['damping']:g}"
-    return f"; damping {damping:g} relative to the mean eigenvalue, published {published['damping']:g} absolute"
+        return f"; damping {damping}, published {published['damping']:g}"
+    return f"; damping {damping} relative to the mean eigenvalue, published {published['damping']:g} absolute"
 
 
 def _mask_text(item: Measured) -> str:

@@ -10,7 +10,7 @@ from grass_lib.attribution.presets import factgrass_spec, logra_spec
 from grass_lib.baselines.systems import BergsonOptions, DattriOptions, LogIXOptions, Options, OursOptions
 from grass_lib.baselines.workload import Outcome
 from grass_lib.report.style import NEUTRAL, figure_style
-from grass_lib.report.tables import Row, interval_text, with_formats
+from grass_lib.report.tables import Row, damping_text, interval_text, with_formats
 from grass_lib.specs import CompressionSpec
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def systems_lds_table(rows: Iterable[Row]) -> pd.DataFrame:
             "Features a layer": row["k"],
             "LDS": float(row["lds"]["mean"]),
             "95 % interval": interval_text(row["lds"].get("interval")),
-            "Damping": "" if row["damping"] is None else f"{row['damping']:g}",
+            "Damping": damping_text(row),
         }
         for row in rows
         if row.get("lds")

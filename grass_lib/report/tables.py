@@ -100,8 +100,20 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:,.0f}" if seconds >= 99.95 else f"{seconds:#.3g}"
 
 
+def damping_text(row: Row) -> str:
+    """The damping of a result row; ``edge`` where it was the smallest or largest value that was tried.
+
+    Args:
+        row: a result row.
+    """
+    damping = row.get("damping")
+    if damping is None:
+        return ""
+    return f"{damping:g}, edge" if row.get("damping_at_edge") else f"{damping:g}"
+
+
 def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
-    """LDS of every attributor and compression with the 95 % interval and the chosen damping.
+    """LDS of every attributor and compression with the 95 % interval and the chosen damping (see `damping_text`).
 
     Args:
         source: a run record or result rows.
@@ -117,10 +129,9 @@ def lds_table(source: RunRecord | Iterable[Row]) -> pd.DataFrame:
     records = []
     for row in rows:
         lds = row["lds"]
-        damping = row.get("damping")
         record = {"Attributor": ATTRIBUTOR_TITLES.get(row["attributor"], row["attributor"]), **method_columns(row, k)}
         record |= {"LDS": float(lds["mean"]), "95 % interval": interval_text(lds.get("interval"), 4)}
-        record["Damping"] = "" if damping is None else f"{damping:g}"
+        record["Damping"] = damping_text(row)
         if several:
             record["Convention"] = row.get("damping_convention") or ""
         # The widest column comes last: on a narrow screen the numbers are what should be seen first.

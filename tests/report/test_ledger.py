@@ -300,3 +300,10 @@ def test_claim(measured, extra, verdict):
     run = record(experiment="llama3_openwebtext", throughput_percent_faster=measured, **extra)
     row = ledger_rows([run])[-1]
     assert (row["measured"], row["verdict"]) == (measured, verdict)
+
+
+def test_a_damping_at_the_edge_of_its_grid_is_told():
+    inside = find(ledger_rows([record(result("sjlt-4096"))]), "sjlt-4096")
+    edge = find(ledger_rows([record(result("sjlt-4096", damping_at_edge=True))]), "sjlt-4096")
+    assert "damping 0.1 relative" in inside["reason"]
+    assert "damping 0.1 (edge of the grid) relative" in edge["reason"]

@@ -16,7 +16,15 @@ from grass_lib.report.galleries import MAX_THUMBNAILS, image_gallery, score_text
 from grass_lib.report.interactive import lds_figure_html, published_figure_html
 from grass_lib.report.published import published_rows
 from grass_lib.report.style import METHODS
-from grass_lib.report.tables import interval_text, lds_table, pick_rows, seconds_text, table_html, time_table
+from grass_lib.report.tables import (
+    damping_text,
+    interval_text,
+    lds_table,
+    pick_rows,
+    seconds_text,
+    table_html,
+    time_table,
+)
 
 
 def lines(figure: Any) -> dict[str, Any]:
@@ -229,3 +237,9 @@ def test_gallery_refuses_scores_of_the_wrong_shape() -> None:
     flat = SimpleNamespace(indices=np.zeros((6, 4), int), scores=np.zeros((6, 4)))
     with pytest.raises(UsageError, match=r"shape \(6, 4\)"):
         image_gallery(toy_images(6), toy_images(40), flat, queries=[0])
+
+
+def test_a_damping_at_the_edge_of_its_grid_is_marked() -> None:
+    assert damping_text({"damping": 0.1}) == "0.1"
+    assert damping_text({"damping": 1e-7, "damping_at_edge": True}) == "1e-07, edge"
+    assert damping_text({"damping": None, "damping_at_edge": None}) == ""
