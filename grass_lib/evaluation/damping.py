@@ -32,13 +32,14 @@ class DampingChoice:
     at_edge: bool
 
 
-def split_queries(n_query: int, seed: int, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
+def split_queries(n_query: int, seed: int, fraction: float = 0.1, least: int = 15) -> tuple[Tensor, Tensor]:
     """Divides queries at random into those that choose the damping and those that are reported.
 
     Args:
         n_query: Number of queries.
         seed: Of the division.
-        fraction: Share of validation queries; their number is rounded down, at least 1.
+        fraction: Share of validation queries; their number is rounded down.
+        least: Of them, but no more than a third of all: the LDS of a handful of queries is noise, which would choose.
 
     Returns:
         ``(validation, test)``: ascending int64 indices without overlap.
@@ -51,7 +52,7 @@ def split_queries(n_query: int, seed: int, fraction: float = 0.1) -> tuple[Tenso
             f"cannot hold out a fraction {fraction} of {n_query} queries; expected a fraction between 0 and 1 and at "
             "least 2 queries"
         )
-    count = max(1, int(fraction * n_query))
+    count = max(1, int(fraction * n_query), min(least, n_query // 3))
     order = Stream(seed, "queries", "split").permutation(n_query)
     return order[:count].sort().values, order[count:].sort().values
 

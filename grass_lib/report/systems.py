@@ -160,7 +160,7 @@ def systems_lds_table(rows: Iterable[Row]) -> pd.DataFrame:
     records = [
         {
             "System": row["label"],
-            "Features a layer": row["k"],
+            "Features a layer": "" if row["k"] is None else f"{row['k']:,}",
             "LDS": float(row["lds"]["mean"]),
             "95 % interval": interval_text(row["lds"].get("interval")),
             "Damping": damping_text(row),

@@ -8,7 +8,7 @@ from grass_lib.errors import UsageError
 from grass_lib.evaluation import choose_damping, lds, split_queries
 
 
-@pytest.mark.parametrize(("n", "count"), [(500, 50), (178, 17), (100, 10), (5, 1)])
+@pytest.mark.parametrize(("n", "count"), [(500, 50), (178, 17), (200, 20), (100, 15), (50, 15), (30, 10), (5, 1)])
 def test_split(n, count):
     validation, test = split_queries(n, seed=0)
     assert len(validation) == count

@@ -235,6 +235,8 @@ def toy_notebook(
     """What a notebook looks like after execution: figures, tables, a gallery, an interactive figure."""
     drawn = _draw_outputs(*images) if images else json.loads(_text_outputs() if text else _toy_outputs())
     drawn += [html_output(toy_music())] if music else []
+    table = "| theirs | ours |\n| --- | ---: |\n| beside | 1.0 |\n"
+    drawn += [{"output_type": "display_data", "data": {"text/markdown": table, "text/plain": "table"}, "metadata": {}}]
     outputs = [*map(nbformat.from_dict, drawn), new_output("stream", name="stdout", text=sentinel + "\n")]
     progress = new_output("stream", name="stderr", text="training: 50%|#####     |\n")
     cells: list[Any] = [new_markdown_cell("# MLP + MNIST\n\nA toy page with $\\phi^\\top \\phi$ in it.")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,10 @@ def test_page_without_a_run_says_so_and_names_the_command(built_book: Path) -> N
     page = (built_book / "book/executed/mlp_mnist_paper.html").read_text()
     assert "Not run yet" in page
     assert "--scale" in page
+
+
+def test_a_markdown_table_of_an_output_is_a_table(built_book: Path) -> None:
+    for name in ("mlp_mnist_embedded", "gpt2_wikitext_paper"):
+        page = (built_book / f"book/executed/{name}.html").read_text()
+        assert re.search(r"<td[^>]*>\s*(<p>)?beside", page)
+        assert "| --- |" not in page
