@@ -20,13 +20,14 @@ class Phases:
         peak_bytes: By phase: most memory allocated on a GPU, most resident memory on a CPU, where Linux tells it.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, memory: bool = True) -> None:
         """Starts with nothing.
 
         Args:
             device: ``cpu`` or ``cuda``.
+            memory: Whether peaks are measured; without, blocks may lie inside those of other clocks, whose peaks stay.
         """
-        self._gpu = device.startswith("cuda")
+        self._gpu, self._memory = device.startswith("cuda"), memory
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
 
@@ -34,14 +35,15 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Measures a block; a name used again adds its seconds. Blocks are not nested."""
         self._synchronise()
-        self._reset_peak()
+        if self._memory:
+            self._reset_peak()
         start = time.perf_counter()
         try:
             yield
         finally:
             self._synchronise()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            peak = self._peak()
+            peak = self._peak() if self._memory else None
             if peak is not None:
                 self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
 

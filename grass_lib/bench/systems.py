@@ -57,8 +57,8 @@ def run(
         folder: Where stores go while they are measured; None for a temporary folder.
         timeout: Seconds for each set of options.
         repeats: How often each is measured, in turn.
-        out: Where the JSON goes after every row; rows that are there already, of the same work, source and machine
-            since it was started, are kept. None for nowhere.
+        out: Where the JSON goes after every row; where a run was cut off, its rows of the same work, source and machine
+            since it was started are kept. None for nowhere.
 
     Returns:
         What `write` stores.
@@ -102,14 +102,15 @@ def run(
     }
     plan = [(number, options) for number in range(repeats) for name in chosen for options in options_of[name]]
     result["planned"] = [options.label for _, options in plan]
-    there = _kept(out, result)
-    for place, (number, options) in enumerate(plan):
-        row = there.get(_key(options.system, options.to_json(), number))
-        if row is None:
-            logger.info("%s (%d of %d)", options.label, place + 1, len(plan))
-            home = None if folder is None else folder / f"{options.system}-{place}"
-            row = _measure(options.system, workload, options, runner, home, timeout, number)
-        result["rows"].append(row)
+    keys = [_key(options.system, options.to_json(), number) for number, options in plan]
+    done = _kept(out, result, keys)
+    for place, (key, (number, options)) in enumerate(zip(keys, plan, strict=True)):
+        if key in done:
+            continue
+        logger.info("%s (%d of %d)", options.label, place + 1, len(plan))
+        home = None if folder is None else folder / f"{options.system}-{place}"
+        done[key] = _measure(options.system, workload, options, runner, home, timeout, number)
+        result["rows"] = [done[own] for own in keys if own in done]
         claim = throughput_percent_faster(result["rows"])
         if claim is not None:
             result["throughput_percent_faster"] = claim
@@ -166,17 +167,21 @@ def _key(system: str, options: Mapping[str, Any], number: int) -> str:
     return json.dumps([system, options, number], sort_keys=True)
 
 
-def _kept(path: Path | None, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier run that this one would measure in just the same way; failed ones are measured again."""
+def _kept(path: Path | None, head: Mapping[str, Any], keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of a run that was cut off, by key, which this one would measure in just the same way; failed ones are not.
+
+    A run that was whole is no reason to measure nothing.
+    """
     if path is None or not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         fits = all(found.get(name) == head[name] for name in head if name not in ("rows", "date", "planned"))
         rows = [row for row in found["rows"] if not row["error"]] if fits else []
-        return {_key(row["system"], row["options"], row["repeat"]): row for row in rows}
+        kept = {_key(row["system"], row["options"], row["repeat"]): row for row in rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return {} if set(keys) <= set(kept) else {key: kept[key] for key in keys if key in kept}
 
 
 def _workload(setting: Setting, device: str, tokens: int) -> Workload:

@@ -118,11 +118,11 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
 
 
 def _stored_variants(root: Path, shown: Shown, notebooks: Path, records: Path) -> Iterator[tuple[str, str]]:
-    """Full-scale runs of the same pair with other parameters: what each was changed in, and the stem of its copies."""
+    """Other stored runs of the same pair and scale: what each was changed in, and the stem of its copies."""
     from grass_lib.runner import verify_run
 
     page = shown.page
-    for folder in sorted((root / "book" / "measured").glob(f"{page.experiment}-{page.scale}-*")):
+    for folder in sorted((root / "book" / "measured").glob(f"{page.experiment}-{page.scale}*")):
         for path, record in _records([folder]):
             if record.run_id == shown.record.run_id or verify_run(path):
                 continue

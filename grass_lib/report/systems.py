@@ -54,29 +54,24 @@ def costs(outcome: Outcome, tokens: int, *, alone: bool = True) -> dict[str, Any
         tokens: Of the training sequences.
         alone: Whether nothing else ran at that time; if not, seconds and memory are left out.
     """
-    if not alone:
-        return {
-            "system": outcome.system,
-            "label": outcome.label,
-            "version": outcome.version,
-            "stored_bytes": outcome.stored_bytes,
-            "in_memory": bool(outcome.details.get("in_memory")),
-            "layers": outcome.details.get("layers"),
-        }
-    caching = [outcome.peak_bytes[name] for name in CACHING if name in outcome.peak_bytes]
-    walk = outcome.tokens_per_second(tokens, curvature=False) if outcome.seconds.get("gradients") else None
-    return {
+    found: dict[str, Any] = {
         "system": outcome.system,
         "label": outcome.label,
         "version": outcome.version,
+        "stored_bytes": outcome.stored_bytes,
+        "in_memory": bool(outcome.details.get("in_memory")),
+        "layers": outcome.details.get("layers"),
+    }
+    if not alone:
+        return found
+    caching = [outcome.peak_bytes[name] for name in CACHING if name in outcome.peak_bytes]
+    walk = outcome.tokens_per_second(tokens, curvature=False) if outcome.seconds.get("gradients") else None
+    return found | {
         "phase_seconds": {name: float(value) for name, value in outcome.seconds.items()},
         "tokens_per_second": walk,
         "tokens_per_second_ready": outcome.tokens_per_second(tokens, curvature=True),
         "scoring_seconds": sum(outcome.seconds.get(name, 0.0) for name in ("queries", "scoring")),
         "system_peak_bytes": max(caching, default=None),
-        "stored_bytes": outcome.stored_bytes,
-        "in_memory": bool(outcome.details.get("in_memory")),
-        "layers": outcome.details.get("layers"),
     }
 
 

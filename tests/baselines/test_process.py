@@ -23,6 +23,7 @@ from grass_lib.baselines import (
     run_system,
 )
 from grass_lib.baselines.exchange import read_job, read_outcome, write_job, write_outcome
+from grass_lib.baselines.measure import Phases
 from grass_lib.baselines.plan import comparison, damping_values
 from grass_lib.baselines.systems import SYSTEMS, check_systems
 from grass_lib.errors import BaselineError, UsageError
@@ -178,3 +179,14 @@ def test_every_system_gets_the_same_sizes_and_grid():
     assert {options.k for options in plan["dattri"]} == {64}
     assert [options.side for options in plan["bergson"]] == [8]
     assert json.dumps([options.to_json() for items in plan.values() for options in items])
+
+
+def test_clocks_without_memory_leave_the_peak_of_the_phase_around_them(monkeypatch):
+    resets = []
+    monkeypatch.setattr(Phases, "_reset_peak", lambda self: resets.append(self))
+    outer, inner = Phases("cpu"), Phases("cpu", memory=False)
+    with outer("walk"), inner("part"):
+        pass
+    assert resets == [outer]
+    assert inner.seconds["part"] >= 0
+    assert inner.peak_bytes == {}

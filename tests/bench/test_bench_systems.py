@@ -32,13 +32,13 @@ def test_a_system_that_fails_leaves_its_error(tmp_path):
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_it_lacks(tmp_path, monkeypatch):
-    out, asked = tmp_path / "systems.json", []
+    out, asked, fails = tmp_path / "systems.json", [], [True]
 
     def measured(name, workload, options, *more):
         asked.append(options.label)
         number = len(asked)
         row = {"system": name, "label": options.label, "options": options.to_json(), "repeat": more[-1]}
-        return row | {"error": "killed" if number == 2 else "", "tokens_per_second_ready": float(number)}
+        return row | {"error": "killed" if number == 2 and fails else "", "tokens_per_second_ready": float(number)}
 
     monkeypatch.setattr(systems, "_measure", measured)
     first = run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
@@ -47,15 +47,26 @@ def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_it_lacks(tmp_path, mo
     assert asked == [first["planned"][0], first["planned"][1], first["planned"][1]]
     assert [row["tokens_per_second_ready"] for row in again["rows"]] == [1.0, 3.0]
     assert json.loads(out.read_text())["rows"] == json.loads(json.dumps(again["rows"]))
+    # What was whole is measured anew, and a run that is cut off keeps the rows behind the one that it lacks.
+    run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
+    assert len(asked) == 5
+    whole = json.loads(out.read_text())
+    whole["rows"][0]["error"] = "killed"
+    out.write_text(json.dumps(whole))
+    run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
+    assert asked[5:] == [first["planned"][0]]
+    assert [row["tokens_per_second_ready"] for row in json.loads(out.read_text())["rows"]] == [6.0, 5.0]
+    asked.clear()
+    fails.clear()
     # Timings of another machine are no part of this run, and neither are those of other work.
     monkeypatch.setattr(systems, "machine_id", lambda: "another")
     run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
-    assert len(asked) == 5
+    assert len(asked) == 2
     run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out, tokens=1024)
-    assert len(asked) == 7
+    assert len(asked) == 4
     out.write_text("no JSON")
     run("tiny", device="cpu", systems="grass_lib", python=sys.executable, out=out)
-    assert len(asked) == 9
+    assert len(asked) == 6
 
 
 def test_the_paper_s_protocol():

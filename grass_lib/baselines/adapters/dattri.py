@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grass_lib.baselines.adapters.base import Adapter
+from grass_lib.baselines.measure import Phases
 from grass_lib.baselines.models import sequence_losses
 from grass_lib.baselines.systems import DattriOptions
 from grass_lib.baselines.workload import Workload
@@ -199,24 +199,18 @@ class DattriAdapter(Adapter):
 
 
 class _Timed:
-    """A method whose seconds are summed, the device synchronised; peaks of memory stay those of the phase around it."""
+    """A method whose seconds are summed, the device synchronised."""
 
     def __init__(self, call: Callable[..., Any], device: str) -> None:
-        self._call, self._gpu = call, device.startswith("cuda")
-        self.seconds = 0.0
+        self._call, self._phases = call, Phases(device, memory=False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        self._synchronise()
-        start = time.perf_counter()
-        try:
+        with self._phases("call"):
             return self._call(*arguments, **named)
-        finally:
-            self._synchronise()
-            self.seconds += time.perf_counter() - start
 
-    def _synchronise(self) -> None:
-        if self._gpu:
-            torch.cuda.synchronize()
+    @property
+    def seconds(self) -> float:
+        return self._phases.seconds.get("call", 0.0)
 
 
 def _asked(project: Any, size: int, like: Tensor) -> Tensor:
