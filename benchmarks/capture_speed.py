@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.live_blocks import blocks_of
 from grass_lib.gradients import FactoredGradients, causal_loss
 from grass_lib.gradients.graph import RecordedStep
 
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--no-compiled-training", action="store_true")
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--profile", type=int, default=0, help="Also print so many kernels of a step, by their time.")
+    parser.add_argument("--blocks", type=int, default=0, help="Also print so many groups of blocks at the peak.")
     arguments = parser.parse_args()
     facts = {
         "device": torch.cuda.get_device_name(),
@@ -187,6 +189,8 @@ def main() -> None:
         for label, compiled, graph, build in steps:
             torch._dynamo.reset()
             with build() as step:
+                if arguments.blocks:  # the first call, since a recorded step allocates nothing later
+                    print(f"{name} {label}\n{blocks_of(partial(step, batch), arguments.blocks)}", flush=True)
                 seconds, peak = measure(step, batch, arguments.repeats)
                 if arguments.profile:
                     print(profile(step, batch, arguments.profile), flush=True)

@@ -132,20 +132,22 @@ def reduce_curvature(curvature: Curvature, layers: Sequence[str], ranks: Ranks) 
                 del curvature.sums[name]
 
 
-def layer_rows(store: Store, name: str, device: torch.device) -> Tensor:
-    """All rows ``(n_samples, k_l)`` of one layer, in the store's ``row_dtype``.
+def layer_rows(store: Store, layers: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """All rows ``(n_samples, k_l)`` of layers, in the store's ``row_dtype``, by one pass over the store.
 
     Args:
         store: A complete store.
-        name: The layer.
+        layers: Their names.
         device: Where to put them.
 
     Raises:
         StoreError: A shard is missing, damaged or cannot be read.
     """
-    result = torch.empty(store.n_samples, store.layers[name], dtype=store.row_dtype, device=device)
-    for samples, _, rows in store.stream_rows(layers=[name]):
-        result[samples.start : samples.stop].copy_(rows.to(device).decoded())
+    result = {
+        name: torch.empty(store.n_samples, store.layers[name], dtype=store.row_dtype, device=device) for name in layers
+    }
+    for samples, name, rows in store.stream_rows(layers=layers):
+        result[name][samples.start : samples.stop].copy_(rows.to(device).decoded())
     return result
 
 

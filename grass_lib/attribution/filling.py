@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -88,9 +89,11 @@ class StoreFiller:
             if first is None:
                 raise UsageError("the loader yielded no batches; expected training data")
             size = batch_size(batch_to(first, self._gradients.device))
+            start = time.perf_counter()
             store = self._kept.make(expected, size)
+            opening = time.perf_counter() - start
             missing = store.missing(worker, n_workers)
-        self._timings.update(dict.fromkeys(self._timings, 0.0))
+        self._timings.update(dict.fromkeys(self._timings, 0.0), opening=opening)
         todo = self._ranks.tell(len(missing))
         if not any(todo):
             return

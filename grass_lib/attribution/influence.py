@@ -29,7 +29,7 @@ from grass_lib.store import Store
 from grass_lib.store.formats import parse_dtype
 
 Damping = float | Sequence[float] | Tensor
-_SECONDS = ("gradients", "compression", "writing", "curvature", "query_gradients", "scoring")
+_SECONDS = ("opening", "gradients", "compression", "writing", "curvature", "query_gradients", "scoring")
 
 
 class InfluenceFunction:
@@ -47,9 +47,10 @@ class InfluenceFunction:
     scores are the same. One decomposition serves all damping values.
 
     Attributes:
-        timings: Seconds: ``gradients`` and ``compression`` (forward and backward pass, both stages), ``writing`` (what
-            was waited for the disk) and ``curvature`` since the last :meth:`cache` began; ``query_gradients`` and
-            ``scoring`` of the last call that scored. ``samples`` is how many were computed by the last :meth:`cache`.
+        timings: Seconds: ``opening`` (the model's hash, the store's folder), ``gradients`` and ``compression`` (forward
+            and backward pass, both stages), ``writing`` (what was waited for the disk) and ``curvature`` since the last
+            :meth:`cache` began; ``query_gradients`` and ``scoring`` of the last call that scored. ``samples`` is how
+            many were computed by the last :meth:`cache`.
         residuals: By layer, how far its eigenvectors are from exact: the largest ``|F v - s v|`` over the largest
             eigenvalue.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from grass_lib.ranks import is_distributed
 
 PIECE = 2**26
-"""Bytes that one thread hashes at a time, and at most copies from a GPU."""
+"""Bytes that have a hash of their own."""
+STAGE = 2**24
+"""Bytes of page-locked memory through which each thread copies from a GPU."""
 _THREADS = 8
 
 
@@ -31,6 +35,7 @@ def model_sha256(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     parts: list[tuple[str, list[Future[bytes]]]] = []
+    hasher = _Hasher()
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for name, value in model.state_dict().items():
             if not isinstance(value, Tensor):
@@ -38,7 +43,9 @@ def model_sha256(model: nn.Module) -> str:
             sharded = is_distributed(value)
             whole: Tensor = cast(Any, value).full_tensor() if sharded else value
             pieces = whole.detach().contiguous().view(-1).view(torch.uint8).split(PIECE)
-            parts.append((f"{name} {tuple(whole.shape)} {whole.dtype}\n", [pool.submit(_sha256, p) for p in pieces]))
+            if whole.is_cuda:  # threads copy on streams of their own
+                torch.cuda.current_stream(whole.device).synchronize()
+            parts.append((f"{name} {tuple(whole.shape)} {whole.dtype}\n", [pool.submit(hasher, p) for p in pieces]))
             if sharded:  # one gathered tensor at a time is in memory
                 for future in parts[-1][1]:
                     future.result()
@@ -49,5 +56,28 @@ def model_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _sha256(piece: Tensor) -> bytes:
-    return hashlib.sha256(piece.cpu().numpy().data).digest()
+class _Hasher:
+    """SHA-256 of a piece; each thread has a stream and page-locked memory for what comes from a GPU."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def __call__(self, piece: Tensor) -> bytes:
+        digest = hashlib.sha256()
+        for part in self._staged(piece) if piece.is_cuda else [piece.cpu()]:
+            digest.update(part.numpy().data)
+        return digest.digest()
+
+    def _staged(self, piece: Tensor) -> Iterator[Tensor]:
+        own = self._own
+        if not hasattr(own, "memory"):
+            own.memory, own.streams = torch.empty(STAGE, dtype=torch.uint8, pin_memory=True), {}
+        if piece.device not in own.streams:
+            own.streams[piece.device] = torch.cuda.Stream(piece.device)
+        stream = own.streams[piece.device]
+        for part in piece.split(STAGE):
+            here = own.memory[: len(part)]
+            with torch.cuda.stream(stream):
+                here.copy_(part, non_blocking=True)
+            stream.synchronize()
+            yield here

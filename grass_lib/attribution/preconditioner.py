@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from grass_lib.attribution.curvature import Curvature, layer_rows, slices, stream_curvature
 from grass_lib.errors import GrassError
 from grass_lib.store import Store
+from grass_lib.streams import on_streams
 
 Precision = Literal["float32", "mixed", "float64"]
 PRECISIONS: dict[Precision, tuple[torch.dtype, torch.dtype]] = {
@@ -21,6 +22,11 @@ PRECISIONS: dict[Precision, tuple[torch.dtype, torch.dtype]] = {
     "float64": (torch.float64, torch.float64),
 }
 """Types of sums and products, and of the decomposition."""
+
+_ROW_BYTES = 2**28
+_STREAMS = 4
+_TOGETHER_BYTES = 2**30
+_COPIES = 6  # of a matrix in float64, while it is decomposed
 
 _log = logging.getLogger(__name__)
 
@@ -107,16 +113,46 @@ def decompose(
     primal = primal_layers(store)
     if curvature is None:
         curvature = stream_curvature(store, [name for name in layers if name in primal], device, keep)
-    bases = {}
-    for name in layers:
-        if name in primal:
-            bases[name] = primal_basis(name, curvature.sums.pop(name), store.n_samples, dtype=solve, keep=keep)
-        else:
-            bases[name] = dual_basis(name, layer_rows(store, name, device), keep=keep)
+    sums, bases = curvature.sums, dict[str, LayerBasis]()
+
+    def from_sums(name: str) -> LayerBasis:
+        return primal_basis(name, sums.pop(name), store.n_samples, dtype=solve, keep=keep)
+
+    def from_rows(name: str) -> LayerBasis:
+        return dual_basis(name, rows.pop(name), keep=keep)
+
+    own = [name for name in layers if name in primal]
+    bases.update(_side_by_side(from_sums, own, max((primal[name] for name in own), default=0), device))
+    for group in _groups(store, [name for name in layers if name not in primal]):
+        rows = layer_rows(store, group, device)
+        bases.update(_side_by_side(from_rows, group, store.n_samples, device))
+    bases = {name: bases[name] for name in layers}
     if store.basis is not None:
         # Relative to what the rows were before, so that a value means the same whatever the rank.
         bases = {name: replace(basis, mean=store.basis.means[name]) for name, basis in bases.items()}
     return bases
+
+
+def _side_by_side(
+    work: Callable[[str], LayerBasis], names: Sequence[str], width: int, device: torch.device
+) -> dict[str, LayerBasis]:
+    """Decompositions of matrices up to a width; small ones alone would leave most of a GPU idle."""
+    at_once = _TOGETHER_BYTES // (_COPIES * 8 * max(1, width) ** 2)
+    return dict(zip(names, on_streams(work, names, device, max(1, min(_STREAMS, at_once))), strict=True))
+
+
+def _groups(store: Store, names: Sequence[str]) -> Iterator[list[str]]:
+    """Layers whose rows are read together: every pass opens all shards."""
+    group, held = list[str](), 0
+    for name in names:
+        size = store.n_samples * store.layers[name] * store.row_dtype.itemsize
+        if group and held + size > _ROW_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group
 
 
 def primal_layers(store: Store) -> dict[str, int]:

@@ -60,7 +60,7 @@ def sums(store: Store, layers: Sequence[str], ranks: Ranks, device: torch.device
     mine = [name for place, name in enumerate(layers) if ranks.owns(place)]
     errors = []
     for name in [mine[0], mine[len(mine) // 2], mine[-1]][:CHECKED]:
-        rows = layer_rows(store, name, device).double()
+        rows = layer_rows(store, [name], device)[name].double()
         wanted = rows.mT @ rows
         errors.append(float((curvature.sums[name] - wanted).abs().max() / wanted.abs().max()))
     found["error"] = max(errors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grass_lib.attribution.curvature import Curvature, RowBlock, block_rows, stream_curvature
-from grass_lib.attribution.preconditioner import dual_basis, primal_basis, primal_layers, warn_unresolved
+from grass_lib.attribution.preconditioner import decompose, dual_basis, primal_basis, primal_layers, warn_unresolved
 from grass_lib.errors import GrassError
 from grass_lib.precision import exact_products
 from grass_lib.store import MemoryStore
@@ -114,6 +114,48 @@ def test_sums_grow_with_the_store_as_they_are_read_from_it(dtype, monkeypatch):
     torch.testing.assert_close(wide, exact.mT @ exact, rtol=1e-13, atol=1e-13)
     assert primal_layers(store) == sizes
     assert primal_layers(MemoryStore(layers=sizes, n_samples=20)) == {"a": 12, "b": 5}
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        CPU,
+        pytest.param(
+            torch.device("cuda"),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("held", "passes"), [(1, 5), (2 * 20 * 30 * 4, 3), (2**30, 1)])
+def test_a_store_is_decomposed_layer_by_layer_whatever_is_read_together(device, held, passes, monkeypatch):
+    sizes, n = {"d0": 30, "p0": 7, "d1": 30, "d2": 30, "p1": 20, "d3": 30, "d4": 30}, 20
+    rows = {name: rows_of(n, size, dtype=torch.float32, seed=place) for place, (name, size) in enumerate(sizes.items())}
+    store = MemoryStore(layers=sizes, n_samples=n, shard_size=8)
+    for shard in range(store.n_shards):
+        samples = store.shard_rows(shard)
+        store.write(shard, {name: part[samples.start : samples.stop] for name, part in rows.items()})
+    walks, stream = [], MemoryStore.stream_rows
+
+    def counted(self, *, layers, **more):
+        walks.append([*layers])
+        return stream(self, layers=layers, **more)
+
+    monkeypatch.setattr(MemoryStore, "stream_rows", counted)
+    monkeypatch.setattr("grass_lib.attribution.preconditioner._ROW_BYTES", held)
+    bases = decompose(store, list(sizes), None, device, solve=torch.float64, keep=torch.float64)
+    assert list(bases) == list(sizes)
+    assert len(walks) == 1 + passes  # the sums first
+    for name, part in rows.items():
+        alone = (
+            primal_basis(name, part.double().mT @ part.double(), n, dtype=torch.float64, keep=torch.float64)
+            if sizes[name] <= n
+            else dual_basis(name, part, keep=torch.float64)
+        )
+        queries = rows_of(3, sizes[name])
+        found = part.double() @ bases[name].precondition(queries.to(device), [0.1])[0].mT.cpu()
+        wanted = part.double() @ alone.precondition(queries, [0.1])[0].mT
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_blocks_are_bounded():

@@ -62,6 +62,20 @@ def test_type_and_shape_show():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_and_the_cpu_agree():
-    model = nn.Linear(300, 500)
-    assert model_sha256(model.cuda()) == model_sha256(model.cpu())
+@pytest.mark.parametrize("stage", [2**24, 4096, 1001])
+def test_a_gpu_and_the_cpu_agree(monkeypatch, stage):
+    monkeypatch.setattr(model_hash, "STAGE", stage)
+    monkeypatch.setattr(model_hash, "PIECE", 70_000)
+    models = Model(), nn.Linear(300, 500)
+    here = [model_sha256(model) for model in models]
+    assert [model_sha256(model.cuda()) for model in models] == here
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_the_device_still_computes_is_waited_for():
+    model, other = (nn.Linear(4096, 4096, bias=False).cuda() for _ in range(2))
+    with torch.no_grad():
+        torch.cuda._sleep(200_000_000)
+        other.weight.copy_(model.weight)
+    assert model_sha256(other) == model_sha256(model)
