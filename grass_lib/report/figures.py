@@ -292,7 +292,7 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: redraws every figure from the committed records and the projection benchmark.
+    """Command line: redraws every figure from the committed records and benchmarks.
 
     Args:
         arguments: words of the command line; those of the process where None.
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 when a figure was drawn, 1 when there is no record to draw from.
     """
-    from grass_lib.report.kernels import write_figures
+    from grass_lib.report import kernels, systems_bench, throughput
     from grass_lib.report.record import load_record
 
     parser = argparse.ArgumentParser(prog="python -m grass_lib.report.figures", description=main.__doc__)
@@ -309,7 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     paths = sorted(options.measured.glob("*/record.json"))
-    drawn = write_figures(options.measured, options.output)
+    drawn = [
+        path
+        for page in (kernels, throughput, systems_bench)
+        for path in page.write_figures(options.measured, options.output)
+    ]
     for written in drawn:
         logger.info("%s", written)
     if not paths and not drawn:

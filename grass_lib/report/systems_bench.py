@@ -1,18 +1,24 @@
-"""The page "Throughput of other systems": tables drawn from the JSON of ``grass bench systems``."""
+"""The page "Throughput of other systems": figures and tables drawn from the JSON of ``grass bench systems``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from grass_lib.report.figure_files import FORMATS, figure_markdown, save_figure
 from grass_lib.report.results import read_result
+from grass_lib.report.style import NEUTRAL, figure_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHAPES = {
     "gpt2": "GPT-2 small's shape, blocks of 512 tokens",
     "llama": "Llama-3.1-8B's shape, blocks of 1,024 tokens, the paper's protocol",
 }
 """Shapes with a table of their own; the file is ``systems-SHAPE.json``."""
+_OURS, _OTHERS = "#0072B2", "#D98C00"
 
 
 def load_systems(folder: Path, shape: str) -> dict[str, Any] | None:
@@ -75,18 +81,76 @@ def systems_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def systems_figure(result: Mapping[str, Any]) -> Figure:
+    """Tokens a second of every system: ready to score, and the one walk behind it; peak memory beside the bar."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if not row["error"]]
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(7.6, 0.42 * len(rows) + 1.3), layout="constrained")
+        colours = [_OURS if row["system"] == "grass_lib" else _OTHERS for row in rows]
+        places = range(len(rows))
+        walks = [row["tokens_per_second"] for row in rows]
+        axes.barh(places, walks, color=colours, alpha=0.35, height=0.7)
+        axes.barh(places, [row["tokens_per_second_ready"] for row in rows], color=colours, height=0.7)
+        edge = 1.02 * max(walks)
+        for place, row in enumerate(rows):
+            memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"
+            text = f"{row['tokens_per_second_ready']:,.0f}{memory}"
+            axes.text(1.01 * edge, place, text, va="center", fontsize=8, color=NEUTRAL)
+        axes.set_yticks(places, [row["label"] for row in rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, edge)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("tokens/s (pale: one walk)")
+    return figure
+
+
+def write_figures(measured: Path, folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Draws a figure for each shape that was measured.
+
+    Args:
+        measured: Folder with the JSON files.
+        folder: Where to write.
+        formats: Suffixes to write.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib.pyplot as plt
+
+    written: list[Path] = []
+    for shape in SHAPES:
+        found = load_systems(measured, shape)
+        if found is None or not _drawn(found):
+            continue
+        figure = systems_figure(found)
+        written += save_figure(figure, f"systems_{shape}", folder, formats)
+        plt.close(figure)
+    return written
+
+
 def write_systems_parts(measured: Path, generated: Path) -> None:
     """Writes the generated part of the page for each shape; a note with the command where nothing is measured.
 
     Args:
         measured: ``book/measured``.
-        generated: ``book/_generated``.
+        generated: ``book/_generated``; figures go into ``figures/`` below it.
     """
+    write_figures(measured, generated / "figures", ("svg",))
     for shape in SHAPES:
         found = load_systems(measured, shape)
         command = f"grass bench systems --shape {shape} --json book/measured/systems-{shape}.json"
         text = f"Not measured yet: `{command}` writes it, on a GPU.\n" if found is None else systems_markdown(found)
+        if found is not None and _drawn(found):
+            caption = f"{(systems_figure.__doc__ or '').splitlines()[0]} {SHAPES[shape]}."
+            text += f"\n{figure_markdown(f'systems_{shape}.svg', caption)}"
         (generated / f"systems_{shape}.md").write_text(text, encoding="utf-8")
+
+
+def _drawn(result: Mapping[str, Any]) -> bool:
+    return any(not row["error"] for row in result["rows"])
 
 
 def _failure(error: str) -> str:

@@ -90,6 +90,9 @@ def test_a_page_of_the_benchmark(tmp_path):
     text = (generated / "systems_llama.md").read_text()
     assert "| grass_lib FactGraSS-16, eFIM | 10 | 8 | 2.00 | 0.005 |" in text
     assert "failed: RuntimeError: a/b" in text
+    assert "{figure} /book/_generated/figures/systems_llama.svg" in text
+    drawn = (generated / "figures" / "systems_llama.svg").read_text()
+    assert [drawn.count(word) for word in ("grass_lib FactGraSS-16, eFIM", "8, 2.0 GB", "<!-- dattri")] == [1, 1, 0]
     assert "with curvature: grass_lib FactGraSS-16, eFIM. Least memory: grass_lib" in text
     assert "Not measured" not in text
     cut = systems_markdown(bench(planned=["grass_lib FactGraSS-16, eFIM", "dattri LoGra-16, eFIM"]))
