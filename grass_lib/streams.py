@@ -34,6 +34,8 @@ def on_streams(
         yield from map(work, pieces)
         return
     current = torch.cuda.current_stream(device)
+    # PyTorch loads its linear algebra at first use, and several threads must not do that at the same time (its #90613).
+    torch.linalg.eigh(torch.ones(1, 1, device=device))
     current.synchronize()
     free = [torch.cuda.Stream(device) for _ in range(at_once)]
 
