@@ -308,7 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GrassError as error:
         return _fail(error)
     except _ClickError as error:
-        console_for(stderr=True).print(f"[red]error:[/] {escape(error.format_message())} See `grass --help`.")
+        context, said = getattr(error, "ctx", None), error.format_message().strip()
+        if context is not None and type(error).__name__ == "NoArgsIsHelpError":
+            console_for(stderr=True).print(escape(context.get_help()))
+            return UsageError.exit_code
+        path = "grass" if context is None else context.command_path
+        said = said if said.endswith((".", "!", "?")) else f"{said}."
+        console_for(stderr=True).print(f"[red]error:[/] {escape(said)} See `{path} --help`.")
         return UsageError.exit_code
     if not words:
         return UsageError.exit_code

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from grass_lib.errors import GrassError
+from grass_lib.errors import GrassError, UsageError
 
 
 @contextmanager
@@ -46,3 +46,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_output(path: Path | None, option: str = "--json", *, makes_folder: bool = False) -> None:
+    """Refuses a file that could not be written, before the work that fills it.
+
+    Args:
+        path: As it was typed; None for no file.
+        option: By which it was typed.
+        makes_folder: Its folder will be made.
+
+    Raises:
+        UsageError: It is a folder, or its folder is not there.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} is {str(path)!r}, a folder; expected the name of a file in it")
+    if not (makes_folder or path.resolve().parent.is_dir()):
+        raise UsageError(f"{option} is {str(path)!r}, whose folder does not exist; make it first")

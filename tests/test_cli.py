@@ -228,3 +228,31 @@ def test_project_is_found_from_below_and_by_name(toy, monkeypatch, tmp_path):
     assert (project_root(), runs_root()) == (toy.root, toy.root / "runs")
     monkeypatch.chdir("/")
     assert project_root() == toy_project.REPOSITORY
+
+
+@pytest.mark.parametrize("group", ["store", "bench", "jobs"])
+def test_a_group_without_a_command_shows_its_help(group, capsys):
+    assert cli.main([group]) == 2
+    said = capsys.readouterr()
+    assert f"Usage: grass {group}" in " ".join((said.out + said.err).split())
+    assert "error:" not in said.err
+
+
+def test_a_wrong_option_points_to_the_help_of_its_command(capsys):
+    assert cli.main(["store", "info", "x", "--nothing"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--nothing" in said
+    assert said.endswith("See `grass store info --help`.")
+
+
+def test_results_of_benchmarks_go_below_the_folder_of_runs(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setenv("GRASS_RUNS", str(tmp_path))
+    monkeypatch.setattr("grass_lib.bench.throughput_run.run", lambda model, **named: seen.append(named) or {})
+    monkeypatch.setattr("grass_lib.bench.throughput_run.summary", lambda result: "")
+    assert cli.main(["bench", "throughput", "--model", "tiny"]) == 0
+    assert seen[0]["out"] == tmp_path / "bench" / "throughput.json"
+    assert seen[0]["folder"] == tmp_path / "bench" / "throughput"
+    assert cli.main(["bench", "throughput", "--model", "tiny", "--json", str(tmp_path)]) == 2
+    assert "a folder; expected the name of a file" in " ".join(capsys.readouterr().err.split())
+    assert len(seen) == 1

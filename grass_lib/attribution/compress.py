@@ -39,7 +39,7 @@ from grass_lib.store.base import shard_list
 from grass_lib.store.basis import BASIS, StoreBasis, read_basis, write_basis
 from grass_lib.store.formats import Rows, dtype_name, encode, parse_dtype
 from grass_lib.store.lock import creation_lock
-from grass_lib.store.shards import explained
+from grass_lib.store.shards import check_shard, explained
 from grass_lib.store.store import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def compress(
     target = source.dtype if dtype is None else parse_dtype(dtype)
     folder, place = Path(into), torch.device(device)
     _check(source, folder, target, rank, worker, n_workers)
+    _check_content(source, range(source.n_shards) if rank else range(worker, source.n_shards, n_workers), progress)
     low_rank = None if rank is None else _low_rank(source, folder, rank, place, progress)
     made = {"parent": source.manifest.digest, "dtype": source.manifest.dtype_name}
     result = GradientStore.create(
@@ -113,7 +114,7 @@ def _check(
     if source.manifest.parent() is not None:
         raise UsageError(f"{source.path} was itself compressed from another store; compress that one")
     if rank is not None and rank < 1:
-        raise UsageError(f"rank is {rank}; expected a positive number of directions, or None")
+        raise UsageError(f"rank is {rank}; expected a positive number of directions")
     if rank is None and dtype == source.dtype:
         raise UsageError(
             f"{source.path} has {dtype_name(dtype)} rows already; expected another dtype, such as int8, or a rank"
@@ -126,6 +127,14 @@ def _check(
             f"{len(missing)} of {source.n_shards} shards are missing in {source.path}: {shard_list(missing)}; compress "
             "a finished store"
         )
+
+
+def _check_content(source: GradientStore, numbers: range, progress: bool) -> None:
+    """Damage must not pass into a store where it would have a checksum of its own."""
+    for number in tqdm(numbers, desc="verify", unit="shard", disable=not progress, leave=False):
+        problem = check_shard(source.path, source.manifest, number)
+        if problem is not None:
+            raise StoreError(problem.message)
 
 
 def _source(source: GradientStore, dtype: torch.dtype, rank: int | None) -> dict[str, Any] | None:

@@ -238,8 +238,8 @@ def _trace(name: str, matrix: Tensor) -> float:
     trace = float(matrix.diagonal().double().sum())
     if not trace < float("inf"):
         raise GrassError(
-            f"The sum of squares of layer {name} overflows {matrix.dtype}; scale the loss down, or use "
-            "precision='float64'."
+            f"The sum of squares of layer {name} overflows {matrix.dtype}; a store may be damaged (`grass store "
+            "verify` tells), or its rows too large: scale the loss down, or use precision='float64'."
         )
     return trace
 

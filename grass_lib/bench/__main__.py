@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from grass_lib.bench.projections import run, summary, write
+from grass_lib.project import runs_root
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", default="", choices=("", "shapes", "dtype", "density", "k"))
-    parser.add_argument("--json", type=Path, default=Path("runs/bench/projections.json"))
+    parser.add_argument("--json", type=Path, default=runs_root() / "bench" / "projections.json")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = run(options.device, repeats=options.repeats, only=options.only)

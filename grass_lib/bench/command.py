@@ -9,6 +9,15 @@ from typing import Annotated
 import typer
 
 from grass_lib.errors import UsageError
+from grass_lib.files import check_output
+from grass_lib.project import runs_root
+
+
+def _output(path: Path | None, name: str) -> Path:
+    """The file that was named, checked before anything is measured, or the usual one."""
+    check_output(path, makes_folder=True)
+    return path or runs_root() / "bench" / f"{name}.json"
+
 
 app = typer.Typer(help="Measure; prints a table and writes JSON.", no_args_is_help=True)
 
@@ -18,14 +27,15 @@ def projections(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     repeats: Annotated[int, typer.Option(help="timed calls a case, at least 20")] = 20,
     only: Annotated[str, typer.Option(help="one part: shapes, dtype, density or k")] = "",
-    json: Annotated[Path, typer.Option(help="where the result is written")] = Path("runs/bench/projections.json"),
+    json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/projections.json")] = None,
 ) -> None:
     """Runs `grass_lib.bench.projections.run` and shows its table and goals."""
     # Imported here, so that `grass --help` does not wait for torch.
     from grass_lib.bench.projections import run, summary, write
 
+    out = _output(json, "projections")
     result = run(device, repeats=repeats, only=only)
-    write(result, json)
+    write(result, out)
     typer.echo(summary(result))
 
 
@@ -44,8 +54,10 @@ def throughput(
     steps: Annotated[int, typer.Option(help="timed steps of the other rows")] = 8,
     fp8: Annotated[bool, typer.Option("--fp8", help="rows with FP8 products as well, last")] = False,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    folder: Annotated[Path, typer.Option(help="where stores are written for a while")] = Path("runs/bench/throughput"),
-    json: Annotated[Path, typer.Option(help="where the result is written")] = Path("runs/bench/throughput.json"),
+    folder: Annotated[
+        Path | None, typer.Option(help="where stores are written for a while; runs/bench/throughput")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/throughput.json")] = None,
 ) -> None:
     """Runs `grass_lib.bench.throughput_run.run` and shows its table and goals."""
     from grass_lib.bench.throughput_run import run, summary
@@ -67,9 +79,9 @@ def throughput(
         samples=samples,
         steps=steps,
         device=device,
-        folder=folder,
+        folder=folder or runs_root() / "bench" / "throughput",
         fp8=fp8,
-        out=json,
+        out=_output(json, "throughput"),
     )
     typer.echo(summary(result))
 
@@ -87,7 +99,7 @@ def systems(
     """Runs `grass_lib.bench.systems.run` and shows its table."""
     from grass_lib.bench.systems import run, summary
 
-    out = json or Path(f"runs/bench/systems-{shape}.json")
+    out = _output(json, f"systems-{shape}")
     result = run(shape, device=device, systems=only, tokens=tokens, repeats=repeats, python=python, out=out)
     typer.echo(summary(result))
 
@@ -100,7 +112,7 @@ def scaling(
     parts: Annotated[str, typer.Option(help="with commas between them")] = "caching,curvature,fsdp,kill",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     folder: Annotated[Path | None, typer.Option(help="where stores are written for a while")] = None,
-    json: Annotated[Path, typer.Option(help="where the result is written")] = Path("runs/bench/scaling.json"),
+    json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/scaling.json")] = None,
 ) -> None:
     """Runs `grass_lib.bench.scaling.run` and shows its table and goals."""
     from grass_lib.bench.scaling import run, summary
@@ -108,7 +120,7 @@ def scaling(
     # Launches take minutes: each says when it starts and ends.
     logging.getLogger("grass_lib.bench.scaling").setLevel(logging.INFO)
     words = [word.strip() for word in parts.split(",") if word.strip()]
-    result = run(shape, rows=rows, batch=batch, parts=words, device=device, folder=folder, out=json)
+    result = run(shape, rows=rows, batch=batch, parts=words, device=device, folder=folder, out=_output(json, "scaling"))
     typer.echo(summary(result))
 
 

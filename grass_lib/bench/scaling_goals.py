@@ -33,7 +33,11 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for world in (1, 2):
         errors = [each["error"] for each in parts.get("curvature", {}).get(f"sums_{world}", []) if "error" in each]
         if errors:
-            found.append(_goal(f"sums over {world} rank(s) against float64", max(errors), SCORE, "", True))
+            found.append(
+                _goal(
+                    f"sums over {world} rank{'' if world == 1 else 's'} against float64", max(errors), SCORE, "", True
+                )
+            )
     kill = parts.get("kill", {})
     if "seconds_to_error" in kill:
         # An error that does not say who is gone helps nobody.

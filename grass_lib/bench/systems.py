@@ -28,6 +28,7 @@ from grass_lib.baselines.systems import Options, check_systems
 from grass_lib.baselines.workload import Outcome, Workload
 from grass_lib.bench.systems_plan import SETTINGS, Setting, options_for
 from grass_lib.errors import BaselineError, UsageError
+from grass_lib.project import runs_root
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python=given.python,
         timeout=given.timeout,
         repeats=given.repeats,
-        out=given.json or Path(f"runs/bench/systems-{given.shape}.json"),
+        out=given.json or runs_root() / "bench" / f"systems-{given.shape}.json",
     )
     sys.stdout.write(summary(result) + "\n")
     return 0

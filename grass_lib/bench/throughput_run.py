@@ -45,7 +45,7 @@ def run(
     samples: int = 256,
     steps: int = 8,
     device: str = "auto",
-    folder: Path = Path("runs/bench/throughput"),
+    folder: Path,
     fp8: bool = False,
     out: Path | None = None,
 ) -> dict[str, Any]:

@@ -51,12 +51,14 @@ def require_slurm() -> None:
     import importlib.util
 
     if importlib.util.find_spec("submitit") is None:
-        raise UsageError("--executor slurm needs the package submitit; pip install submitit, or use --executor local")
+        raise UsageError(
+            "jobs on a cluster need the package submitit; pip install submitit, or work here with --executor local"
+        )
     missing = [name for name in ("sbatch", "squeue", "scancel", "srun") if shutil.which(name) is None]
     if missing:
         raise UsageError(
-            f"--executor slurm needs Slurm's commands, and {', '.join(missing)} cannot be found here; run this on a "
-            "login node of the cluster, or use --executor local"
+            f"jobs on a cluster need Slurm's commands, and {', '.join(missing)} cannot be found here; run this on a "
+            "login node of the cluster, or work here with --executor local"
         )
 
 

@@ -156,7 +156,7 @@ def fit_masks(request: MaskRequest, file: Path, *, device: str = "auto", progres
     build = experiments_by_name()[request.experiment].attribution_task
     if build is None:
         raise UsageError(f"{request.experiment} has no model to fit masks on")
-    return _fit_layers(request, build(request.scale, request.parameters, place), file, progress)
+    return _fit_layers(request, build(request.scale, request.parameters, place, progress=progress), file, progress)
 
 
 def _given(request: MaskRequest, model: str, data: str) -> dict[str, str]:

@@ -159,7 +159,7 @@ def cache(
 
     On several GPUs of one machine: torchrun --nproc-per-node N -m grass_lib store cache ...
     """
-    from grass_lib.commands.tasks import influence_of, planned_source
+    from grass_lib.commands.tasks import check_folder, influence_of, planned_source
     from grass_lib.experiments.base import resolve_device
     from grass_lib.ranks import started_by_torchrun
     from grass_lib.runner.parameters import split_assignments
@@ -182,6 +182,7 @@ def cache(
     )
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"--shard-size is {shard_size}; expected at least 1")
+    check_folder(source, store)
     if settings is not None:
         words = ["store", "cache", experiment, "--store", str(store.resolve()), "--scale", scale, "--seed", str(seed)]
         words += ["--sparsification", sparsification, "--projection", projection, "--hessian", hessian]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from grass_lib.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +113,13 @@ def planned_source(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     spec = CompressionSpec.parse(sparsification=sparsification, projection=projection)
-    selective = spec.sparsification.needs_mask_file
+    first = spec.sparsification
+    if not (first.is_identity or first.is_factored):
+        raise UsageError(
+            f"--sparsification is {first}, which is flat; expected a factored one such as {first.family}-16*16, or "
+            "identity"
+        )
+    selective = first.needs_mask_file
     if masks and not selective:
         raise UsageError(f"--masks is for selective masks, and {spec} has none; leave it out")
     if masks and masks not in FACTORED_METHODS:
@@ -136,6 +144,34 @@ def planned_source(
         dtype=dtype,
         masks=(masks or "learned") if selective else "",
     )
+
+
+def check_folder(source: StoreSource, store: Path) -> None:
+    """Refuses a folder that holds something else, before a model is loaded or trained for it.
+
+    Args:
+        source: What is to be cached.
+        store: The folder.
+
+    Raises:
+        UsageError: It is a file.
+        StoreError: It holds a store with other settings.
+    """
+    from grass_lib.store import GradientStore
+    from grass_lib.store.store import MANIFEST
+
+    if store.exists() and not store.is_dir():
+        raise UsageError(f"--store is {str(store)!r}, which is a file; expected a folder")
+    if not (store / MANIFEST).is_file():
+        return
+    there = GradientStore.open(store).source or {}
+    own = source.to_json()
+    # Curvature is none of the rows; parameters are compared with everything else once the rows are known.
+    names = [name for name in (*SOURCE_FIELDS, "masks") if name not in ("parameters", "hessian")]
+    other = [name for name in names if name in there and there[name] != own.get(name)]
+    if other:
+        had = "; ".join(f"{name} is {there[name]} there, {own.get(name)} here" for name in other)
+        raise StoreError(f"{store} holds a store of something else: {had}; give the same settings, or another folder")
 
 
 def influence_of(
@@ -175,18 +211,20 @@ def influence_of(
     spec = CompressionSpec.parse(sparsification=source.sparsification, projection=source.projection)
     together = Ranks() if ranks is None else ranks
     shown = progress and together.rank == 0
+    if shown:
+        typer.echo(f"loading model and data of {source.experiment} ...", err=True)
 
     def prepare() -> tuple[AttributionTask, LayerMasks | None]:
         # Workers that start together: the first trains and fits, the others read what it wrote.
         folder = masks_folder(source.experiment, source.scale)
         if not spec.sparsification.needs_mask_file:
-            return build(source.scale, source.parameters, resolve_device(device)), None
+            return build(source.scale, source.parameters, resolve_device(device), progress=shown), None
         folder.mkdir(parents=True, exist_ok=True)
         with creation_lock(folder):
             return prepare_alone(folder)
 
     def prepare_alone(folder: Path) -> tuple[AttributionTask, LayerMasks | None]:
-        task = build(source.scale, source.parameters, resolve_device(device))
+        task = build(source.scale, source.parameters, resolve_device(device), progress=shown)
         fitted = fit_layer_masks(
             task.model,
             task.loss,

@@ -23,8 +23,8 @@ _SHARED = (
 def _late(module: str, function: str) -> Callable[..., Any]:
     """A function of an experiment's module, which is imported at the first call: the command line starts quickly."""
 
-    def call(*arguments: Any) -> Any:
-        return getattr(import_module(f"grass_lib.experiments.{module}"), function)(*arguments)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(import_module(f"grass_lib.experiments.{module}"), function)(*arguments, **named)
 
     return call
 

@@ -31,6 +31,8 @@ class AttributionTask:
         passage: ``passage(index)``: the text of a training sample.
         parameters: What rebuilds this task.
         fp8: Whether the model's products run in FP8 while gradients are computed.
+        answer: ``answer(batch)``: of what `encode` gave, the text that the query's value is of; None where that is the
+            prompt itself.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class AttributionTask:
     passage: Callable[[int], str]
     parameters: Mapping[str, Any]
     fp8: bool = False
+    answer: Callable[[Batch], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Experiment:
         data_fingerprint: ``data_fingerprint(scale)``: a hash of the data, DataError where they are missing.
         validate: ``validate(scale, parameters)``: UsageError where a parameter of the notebook cannot work.
         check: ``check(scale)``: why it would not work here, one sentence each; empty where it would.
-        attribution_task: ``attribution_task(scale, parameters, device)`` for caching and querying outside a notebook;
-            None where the experiment has none.
+        attribution_task: ``attribution_task(scale, parameters, device, progress=True)`` for caching and querying
+            outside a notebook; None where the experiment has none.
         optional: Left out of a batch that names no experiments, with the reason, where it would not work here: what it
             needs is no part of the ordinary installation.
 
@@ -78,7 +81,7 @@ class Experiment:
     data_fingerprint: Callable[[str], str]
     check: Callable[[str], list[str]]
     validate: Callable[[str, Mapping[str, Any]], None] | None = None
-    attribution_task: Callable[[str, Mapping[str, Any], str], AttributionTask] | None = None
+    attribution_task: Callable[..., AttributionTask] | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:

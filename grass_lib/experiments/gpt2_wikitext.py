@@ -178,13 +178,14 @@ def data_fingerprint(scale: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
+def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool = True) -> AttributionTask:
     """What caching and querying need: the first model of the LDS bank, trained where it is missing.
 
     Args:
         scale: ``embedded`` or ``paper``.
         parameters: Of the notebook; those that are not given have the scale's own values.
         device: Where the model goes.
+        progress: Whether bars are shown.
 
     Raises:
         UsageError: A parameter cannot work.
@@ -194,7 +195,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionT
     chosen = _protocol_of(scale, parameters)
     seed, batch_size = int(parameters.get("seed", 0)), int(parameters.get("batch_size", 0)) or 32
     data = load_data(chosen)
-    weights = attribution_checkpoint(chosen, data, networks_folder(scale), seed=seed, device=device)
+    weights = attribution_checkpoint(chosen, data, networks_folder(scale), seed=seed, device=device, progress=progress)
 
     def encode(text: str) -> dict[str, Tensor]:
         ids = data.tokenizer.encode(text)[: chosen.length]

@@ -43,6 +43,7 @@ from grass_lib.experiments.models.llama import (
 )
 from grass_lib.gradients.fp8 import device_problem
 from grass_lib.gradients.head import chunked_causal_loss
+from grass_lib.gradients.language import IGNORED
 from grass_lib.project import runs_root
 from grass_lib.specs import parse_hessian
 from grass_lib.store.formats import DTYPES
@@ -224,13 +225,14 @@ def data_fingerprint(scale: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionTask:
+def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool = True) -> AttributionTask:
     """What caching and querying need; a prompt becomes a query by the answer that the model gives to it.
 
     Args:
         scale: ``embedded`` or ``paper``.
         parameters: Of the notebook; those that are not given have the scale's own values.
         device: Where the model goes.
+        progress: Whether bars are shown.
 
     Raises:
         UsageError: A parameter cannot work.
@@ -246,6 +248,10 @@ def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionT
 
     def encode(prompt: str) -> dict[str, Tensor]:
         return query_batches([answer(chat, prompt, chosen.new_tokens)], chat.padding)[0]
+
+    def answer_of(batch: Any) -> str:
+        counted = batch["labels"][0][batch["labels"][0] != IGNORED]
+        return chat.tokenizer.decode(counted.tolist()) if chat.tokenizer else ""
 
     return AttributionTask(
         model=chat.model,
@@ -267,6 +273,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str) -> AttributionT
             "fp8": fp8,
         },
         fp8=fp8,
+        answer=answer_of,
     )
 
 

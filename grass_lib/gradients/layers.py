@@ -18,6 +18,7 @@ KINDS = ("linear", "conv1d", "conv2d", "embedding", "layernorm", "rmsnorm")
 """Kinds of layers; ``conv1d`` is the transposed linear layer of GPT-2 in transformers."""
 GROUPS = {"linear": ("linear", "conv1d"), "norm": ("layernorm", "rmsnorm"), "all": KINDS}
 """Words for several kinds at once."""
+_WORDS = ", ".join(dict.fromkeys((*KINDS, *GROUPS)))
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
     """
     head = None if include_head else output_layer(model)
     kinds, patterns, chosen_by = _parse(layers)
+    idle = set(patterns)
     found: dict[str, LayerShape] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -60,7 +62,7 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
             continue
         seen.add(id(module))
         shape, problem = describe(module)
-        by_name = chosen_by(name, module) if chosen_by else any(fnmatchcase(name, pattern) for pattern in patterns)
+        by_name = chosen_by(name, module) if chosen_by else _matches(name, patterns, idle)
         by_kind = shape is not None and shape.kind in kinds and name != head
         if not (by_name or by_kind):
             continue
@@ -69,10 +71,15 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
                 f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of layers="
             )
         found[name] = shape
+    if found and idle:
+        raise UsageError(
+            f"layers has {', '.join(map(repr, sorted(idle)))}, which no layer of the {type(model).__name__} with "
+            f"weights of its own is called; expected one of {_WORDS}, or a pattern of module names"
+        )
     if not found:
         raise UsageError(
             f"layers={layers!r} chooses no layer of the {type(model).__name__}; expected one of "
-            f"{', '.join((*KINDS, *GROUPS))}, a pattern of module names, a list of these or a function"
+            f"{_WORDS}, a pattern of module names, a list of these or a function"
         )
     return found
 
@@ -115,9 +122,22 @@ def describe(module: Any) -> tuple[LayerShape | None, str]:
     return None, f"supported are {', '.join(KINDS)}"
 
 
+def _matches(name: str, patterns: Sequence[str], idle: set[str]) -> bool:
+    matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+    idle.difference_update(matching)
+    return bool(matching)
+
+
 def _parse(layers: LayerChoice) -> tuple[set[str], list[str], LayerFilter | None]:
+    if isinstance(layers, type):
+        raise UsageError(
+            f"layers is the class {layers.__name__}; expected one of {_WORDS}, a pattern of module names, a list of "
+            f"these, or a function such as lambda name, module: isinstance(module, {layers.__name__})"
+        )
     if not isinstance(layers, str) and callable(layers):
         return set(), [], layers
+    if not isinstance(layers, Iterable):
+        raise UsageError(f"layers is {layers!r}; expected one of {_WORDS}, a pattern, a list of these or a function")
     words: Iterable[str] = [layers] if isinstance(layers, str) else layers
     kinds: set[str] = set()
     patterns: list[str] = []

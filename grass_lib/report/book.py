@@ -191,6 +191,7 @@ def assemble(root: str | Path) -> list[Shown]:
         UsageError: the root has no ``_toc.yml``.
     """
     from grass_lib.report.dampings import damping_table
+    from grass_lib.report.factored_seconds import factored_seconds_sentence
     from grass_lib.report.generated import pair_sections, verdict_table, write_ledger
     from grass_lib.report.interactive import published_figure_html
     from grass_lib.report.kernels import write_page_parts
@@ -225,6 +226,8 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "mask_pairs.md").write_text(mask_pairs(records), encoding="utf-8")
     (generated / "mask_study.md").write_text(study_sentence(records), encoding="utf-8")
     (generated / "music_sides.md").write_text(sides_sentence(rows, "musictransformer_maestro"), encoding="utf-8")
+    (generated / "resnet_sides.md").write_text(sides_sentence(rows, "resnet9_cifar2"), encoding="utf-8")
+    (generated / "factored_seconds.md").write_text(factored_seconds_sentence(rows, records), encoding="utf-8")
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)

@@ -79,10 +79,12 @@ def study_sentence(records: Iterable[RunRecord]) -> str:
         if record.experiment in STUDIES and differences:
             above = sum(row["interval"][0] > 0 for row in differences)
             below = sum(row["interval"][1] < 0 for row in differences)
+            none = (
+                "" if above else ": on this pair no way to choose coordinates is shown to be better than a random mask"
+            )
             return (
                 f"There, of {len(differences)} differences from a random mask (by method, k and sharing), {above} are "
-                f"above zero with their whole 95 % interval and {below} below it"
-                f"{'' if above else ': no way to choose coordinates predicts retraining better than a random mask'}.\n"
+                f"above zero with their whole 95 % interval and {below} below it{none}.\n"
             )
     return ""
 

@@ -127,6 +127,12 @@ def other_runs_text(others: Iterable[tuple[str, str]]) -> str:
     return f"Other stored runs: {'; '.join(found)}." if found else ""
 
 
+_ON_THE_SAME = (
+    ", with `GRASS_DATA` naming a folder that holds just this part of the data; without it the run takes all of them, "
+    "and trains other models"
+)
+
+
 def provenance(
     record: RunRecord, page: Page, changed: Sequence[str] = (), others: Iterable[tuple[str, str]] = ()
 ) -> str:
@@ -164,7 +170,7 @@ def provenance(
         "",
         f"Get the {{download}}`run record <../_generated/records/{page.stem}.json>` or the "
         f"{{download}}`executed notebook <../_generated/notebooks/{page.stem}.ipynb>`, "
-        f"or make the run again: `{page.command}{again}`.",
+        f"or make the run again: `{page.command}{again}`{_ON_THE_SAME if data.get('kind') == 'subset' else ''}.",
     ]
     beside = other_runs_text(others)
     lines += ["", beside, ":::"] if beside else [":::"]

@@ -68,7 +68,7 @@ def plan_table(result: Mapping[str, Any]) -> str:
     if not rows:
         return "Not computed: the benchmark was not of llama-3.1-8b.\n"
     lines = [
-        "| model | layers | disk, bfloat16 rows | hours on one GPU of this kind | GPUs of 80 GB for the weights |",
+        "| model | layers | disk, bfloat16 rows | GPU hours, GPUs of this kind | GPUs of 80 GB for the weights |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:

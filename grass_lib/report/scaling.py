@@ -112,13 +112,14 @@ def curvature_section(result: Result) -> str:
             "before they are added, layer by layer, at the rank that a layer belongs to; the others then let theirs go."
         )
     else:
-        said = f" The sums of squares were not measured to their end. {part['error'].splitlines()[0][:200]}".rstrip()
+        why = part["error"].splitlines()[0][:200]
+        said = f" The sums of outer products were not measured to their end. {why}".rstrip()
     shape = ranks[2][0]["shape"]
     return (
         "\n".join(lines)
         + f"\n\nScores of {shape[0]} rows for {shape[1]} queries. With fewer rows than features in a layer the library "
-        "decomposes the rows' Gram matrix; the sums of squares, which it takes where there are more rows, were summed "
-        f"from the same rows beside it.{said} Scores of two ranks and of one {_apart(part['score_error'])}.\n"
+        "decomposes the rows' Gram matrix; the sums of outer products, which it takes where there are more rows, were "
+        f"computed from the same rows beside it.{said} Scores of two ranks and of one {_apart(part['score_error'])}.\n"
     )
 
 
@@ -128,7 +129,7 @@ _SCORED = {
     "scoring": "preconditioning and scores",
 }
 _SUMMED = {
-    "sum_seconds": "sums of squares over a rank's own shards",
+    "sum_seconds": "sums of outer products over a rank's own shards",
     "reduce_seconds": "adding the sums of all ranks",
     "eigen_seconds": "one decomposition of {size} by {size} in float64",
 }
@@ -148,7 +149,7 @@ def fsdp_section(result: Result) -> str:
     return (
         f"A smaller Llama of {small['layers']} layers of width {small['width']} in float32, its weights of "
         f"{ranks[0]['weight_bytes'] / 1e6:.1f} MB spread over both devices with `fully_shard` ({own} each), against "
-        f"one rank with all of them: {speeds[1]:,.0f} tokens/s against {speeds[0]:,.0f}, peak memory "
+        f"one rank with all of them: {speeds[1]:,.0f} tokens/s of both together against {speeds[0]:,.0f}, peak memory "
         f"{_peaks(part['caching_2'])} against {_peaks(part['caching_1'])}. {_store_sentence(part)} Scores "
         f"{_apart(part['score_error'])}.\n"
     )

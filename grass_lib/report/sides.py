@@ -27,13 +27,19 @@ def sides_sentence(rows: Iterable[Mapping[str, Any]], experiment: str) -> str:
         values = [row["measured"] - row["published"] for row in measured if _kind(row) == title]
         if values:
             above = sum(value > 0 for value in values)
-            mean = round(sum(values) / len(values), 3) + 0.0  # no negative zero
+            mean = sum(values) / len(values)
             parts.append(
                 f"of {len(values)} {title}, {above} are above the published value and {len(values) - above} below "
-                f"({mean:+.3f} on average)"
+                f"({_signed(mean)} on average)"
             )
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + ".\n"
+
+
+def _signed(value: float) -> str:
+    """Three digits, or four where three would show nothing of it."""
+    text = f"{value:+.3f}"
+    return text if float(text) else f"{round(value, 4) + 0.0:+.4f}" if round(value, 4) else "+0.000"
 
 
 def _kind(row: Mapping[str, Any]) -> str:

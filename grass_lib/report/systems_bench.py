@@ -1,4 +1,4 @@
-"""The page "Throughput of other systems": figures and tables drawn from the JSON of ``grass bench systems``."""
+"""The page "Throughput beside other systems": figures and tables drawn from the JSON of ``grass bench systems``."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def systems_markdown(result: Mapping[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in sorted({(r["system"], r["version"]) for r in rows}))
     lines = [
         f"Measured with `{result['command']}` on {result['device']} ({result['date']}): {result['tokens']:,} tokens, "
-        f"batches of {result['batch_size']} blocks, {result['warm_up']} warm-up batches, random weights, "
-        f"{result['model']['dtype']}. PyTorch {result['versions']['torch']}; {libraries}.",
+        f"batches of {result['batch_size']} blocks of {result['length']:,},{_layers(rows)} "
+        f"{result['warm_up']} warm-up batches, random weights, {result['model']['dtype']}. "
+        f"PyTorch {result['versions']['torch']}; {libraries}.",
         "",
         "| system | tokens/s, one walk | tokens/s, ready to score | peak memory (GB) | stored (GB) |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -151,6 +152,11 @@ def write_systems_parts(measured: Path, generated: Path) -> None:
 
 def _drawn(result: Mapping[str, Any]) -> bool:
     return any(not row["error"] for row in result["rows"])
+
+
+def _layers(rows: Sequence[Mapping[str, Any]]) -> str:
+    counts = {row["details"]["layers"] for row in rows if "layers" in row.get("details", {})}
+    return f" {counts.pop()} layers," if len(counts) == 1 else ""
 
 
 def _failure(error: str) -> str:

@@ -188,7 +188,7 @@ def device_sentence(result: Result) -> str:
     text = (
         f"Measured on one {result['device']} in one run of `{result['command']}` ({result['date']}; {versions}): "
         f"{model['name']} ({model['parameters'] / 1e9:.2f} billion weights, {weights}, {model['dtype']}), blocks of "
-        f"{result['block']:,} random tokens, {result['samples']} of them cached in each row."
+        f"{result['block']:,} random tokens, {result['samples']} of them cached for each row of the table."
     )
     floor = _floor(result)
     if floor:
@@ -200,9 +200,9 @@ def device_sentence(result: Result) -> str:
     check, problems = result["check"], [p for row in result["rows"] for p in row["stored"].get("problems", [])]
     if check.get("worst_cosine") is not None:
         text += (
-            f" {check['rows']} of the rows that were written were compared with an eager capture of the same model in "
-            f"float32: the worst cosine of any row and layer is {check['worst_cosine']:.4f} ({check['worst_layer']}), "
-            f"the median {check['median_cosine']:.4f}."
+            f" {check['rows']} of the gradients that were written were compared with an eager capture of the same "
+            f"model in float32: the worst cosine of any sample and layer is {check['worst_cosine']:.4f} "
+            f"({check['worst_layer']}), the median {check['median_cosine']:.4f}."
         )
     eager = check.get("eager")
     if eager:

@@ -6,7 +6,7 @@
 | ``bfloat16`` | 2 | 1/256 of the value |
 | ``float16`` | 2 | 1/2048 of the value; nothing above 65504 |
 | ``int8`` | 1 + 2/128 | half a scale: 1/252 of the largest value of its block |
-| ``fp8`` | 1 + 2/128 | 1/16 of the value, and never more than 1/27 of the largest value of its block |
+| ``fp8`` | 1 + 2/128 | 1/16 of the value, or 1/450,000 of the largest value of its block where that is more |
 
 Scales are bfloat16, which has the range of float32, rounded up so that no code overflows; codes are computed with the
 rounded scale, so that its own rounding costs nothing but a little of the codes' range. Everything is plain float32

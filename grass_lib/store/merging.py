@@ -67,8 +67,9 @@ def merge_stores(finished: Mapping[Path, set[int]], manifest: Manifest, allow_mi
     absent = [number for number in range(manifest.n_shards) if number not in origins]
     if absent and not allow_missing:
         raise StoreError(
-            f"{len(absent)} of {manifest.n_shards} shards are missing in all {len(finished)} gradient stores: "
-            f"{shard_list(absent)}; compute them first, or merge with allow_missing=True"
+            f"{len(absent)} of {manifest.n_shards} shards are missing in "
+            f"{'the gradient store' if len(finished) == 1 else f'all {len(finished)} gradient stores'}: "
+            f"{shard_list(absent)}; compute them first (in Python, allow_missing=True puts together what there is)"
         )
     return MergePlan(origins)
 

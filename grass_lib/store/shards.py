@@ -323,8 +323,12 @@ def _difference(found: bytes, expected: bytes) -> str:
 
 
 def _damaged(path: Path, number: int, what: str) -> StoreError:
-    return StoreError(f"{path} is damaged: {what}; drop shard {number} and cache again, then only it is computed")
+    return StoreError(
+        f"{path} is damaged: {what}; `grass store repair {path.parent}` computes only shard {number} again"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} could not be read: {error.strerror or error}; make it readable, or drop the shard")
+    return StoreError(
+        f"{path} could not be read: {error.strerror or error}; make it readable, or delete it and cache again"
+    )

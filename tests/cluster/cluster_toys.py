@@ -57,7 +57,7 @@ def _check(scale: str) -> list[str]:
     return [] if "SLURM_JOB_ID" in os.environ or scale == "embedded" else ["there is no GPU here"]
 
 
-def _task(scale: str, parameters: Any, device: str) -> AttributionTask:
+def _task(scale: str, parameters: Any, device: str, progress: bool = True) -> AttributionTask:
     """As in the tests of `grass store`; every batch waits while a file holds it."""
     import torch
     import zoo

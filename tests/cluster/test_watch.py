@@ -149,7 +149,7 @@ def test_missing_programs_and_package_are_explained(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="sbatch, squeue, scancel, srun cannot be found here"):
         queue.require_slurm()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install submitit, or use --executor local"):
+    with pytest.raises(UsageError, match="pip install submitit, or work here with --executor local"):
         queue.require_slurm()
 
 

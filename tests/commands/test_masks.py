@@ -48,7 +48,7 @@ def task_of(model) -> AttributionTask:
 def toy(monkeypatch, tmp_path):
     """A model that tests may change, and what the command line asks about it."""
     model = zoo.make_model("text")
-    experiment = SimpleNamespace(attribution_task=lambda scale, parameters, device: task_of(model))
+    experiment = SimpleNamespace(attribution_task=lambda scale, parameters, device, progress=True: task_of(model))
     monkeypatch.setattr("grass_lib.runner.planning.experiments_by_name", lambda: {"toy": experiment})
     monkeypatch.setenv("GRASS_RUNS", str(tmp_path / "runs"))
 

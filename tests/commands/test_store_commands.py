@@ -1,6 +1,7 @@
 """`grass store` and `grass attribute` on a toy experiment: typed as users type them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def loss(model, batch) -> torch.Tensor:
     return losses.view(ids.shape).sum(dim=1)
 
 
-def task(scale: str, parameters, device: str) -> AttributionTask:
+def task(scale: str, parameters, device: str, progress: bool = True) -> AttributionTask:
     (ids,) = zoo.make_samples("text", N)
     loss_function: Output = loss
     return AttributionTask(
@@ -143,6 +144,73 @@ def test_an_unfinished_store_is_not_asked(tmp_path, capsys):
     cache(tmp_path, "--worker", "1/3")
     assert main(["attribute", "--store", str(tmp_path), "--query", "abc", "-q"]) == 2
     assert "4 of 6 shards are missing" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-k", "1000"], "-k is 1000; expected at most 22"),
+        (["--damping", "-1"], "--damping is -1.0; expected a finite number above 0"),
+        (["--damping", "nan"], "--damping is nan"),
+        (["--json", "."], "a folder; expected the name of a file in it"),
+        (["--json", "nowhere/a.json"], "whose folder does not exist"),
+        (["--query", "/nowhere/prompt.txt"], "there is no such file; expected a prompt"),
+        (["--query", "prompt.txt"], "there is no such file; expected a prompt"),
+        (["--query", "/"], "--query is the folder '/'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(words, said, tmp_path, capsys, monkeypatch):
+    cache(tmp_path)
+    monkeypatch.setattr(tasks, "influence_of", None)
+    assert main(["attribute", "--store", str(tmp_path), "--query", "abc", *words]) == 2
+    assert said.replace("22", str(N)) in " ".join(capsys.readouterr().err.split())
+
+
+def test_prompts_that_only_look_like_paths(tmp_path, capsys):
+    cache(tmp_path)
+    for prompt in ("a / b", "a.x?", "a/b"):
+        assert main(["attribute", "--store", str(tmp_path), "--query", prompt, "-q"]) == 0
+    capsys.readouterr()
+
+
+def test_the_answer_is_shown_where_it_is_what_was_asked_about(tmp_path, capsys, monkeypatch):
+    cache(tmp_path / "store")
+
+    def answered(*given, **named) -> AttributionTask:
+        return replace(task(*given, **named), answer=lambda batch: f"so many: {batch[0].shape[1]}")
+
+    monkeypatch.setattr(
+        "grass_lib.runner.planning.experiments_by_name", lambda: {"toy": SimpleNamespace(attribution_task=answered)}
+    )
+    words = ["attribute", "--store", str(tmp_path / "store"), "--query", "abc", "-k", "1"]
+    assert main([*words, "--json", str(tmp_path / "found.json")]) == 0
+    found = capsys.readouterr()
+    assert "made likelier or less likely:\nso many: 3\n" in found.out
+    assert "loading model and data of toy" in found.err
+    assert json.loads((tmp_path / "found.json").read_text())["answer"] == "so many: 3"
+
+
+def test_folders_of_something_else_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    cache(tmp_path / "store")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tasks, "influence_of", None)
+    assert cache(tmp_path / "file") == 2
+    assert "is a file; expected a folder" in " ".join(capsys.readouterr().err.split())
+    assert cache(tmp_path / "store", "--seed", "1") == 1
+    assert "seed is 0 there, 1 here" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_store_is_not_compressed(tmp_path, capsys):
+    cache(tmp_path / "whole")
+    path = tmp_path / "whole" / "shard_00003.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    words = ["store", "compress", str(tmp_path / "whole"), "--into", str(tmp_path / "small"), "--dtype", "int8", "-q"]
+    assert main([*words, "--worker", "0/2"]) == 0  # shard 3 is the other worker's
+    assert main([*words, "--worker", "1/2"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "shard_00003.safetensors is damaged" in said
+    assert "grass store repair" in said
 
 
 def test_another_setting_is_refused_with_both_values(tmp_path, capsys):

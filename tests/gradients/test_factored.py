@@ -313,6 +313,9 @@ def test_choice_of_layers():
     ("options", "message"),
     [
         ({"layers": "conv2d"}, "chooses no layer"),
+        ({"layers": torch.nn.Linear}, "layers is the class Linear; expected one of linear, conv1d"),
+        ({"layers": 7}, "layers is 7; expected one of linear"),
+        ({"layers": ["linear", "nowhere.*"]}, "layers has 'nowhere.*', which no layer of the"),
         ({"layers": "normed"}, "BatchNorm1d"),
         ({"sparsification": "random_mask-16"}, "random_mask-16\\*16"),
         ({"sparsification": "selective_mask-2*2"}, "hidden/output"),

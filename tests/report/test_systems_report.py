@@ -36,7 +36,8 @@ def bench(**more):
     }
     return {
         "command": "grass bench systems --shape llama", "device": "a GPU", "device_type": "cuda", "date": "2026-01-02",
-        "tokens": 512, "batch_size": 4, "warm_up": 1, "model": {"dtype": "bfloat16"}, "versions": {"torch": "2.13.0"},
+        "tokens": 512, "length": 32, "batch_size": 4, "warm_up": 1, "model": {"dtype": "bfloat16"},
+        "versions": {"torch": "2.13.0"},
         "rows": [row, failed], **more,
     }  # fmt: skip
 
