@@ -237,7 +237,8 @@ class InfluenceFunction:
         Raises:
             UsageError: The store is not complete, the loader is empty or a damping value is out of range.
             GrassError: A query's gradient is not finite.
-            StoreError: A shard is damaged.
+            StoreError: A shard is not of the size or header that it was written with, or cannot be read; checksums are
+                compared by ``GradientStore.verify``.
         """
         grid, single = self._grid(damping)
         store, parts = self._kept.complete(), []
@@ -261,7 +262,8 @@ class InfluenceFunction:
 
         Raises:
             UsageError: The store is not complete, or a damping value is out of range.
-            StoreError: A shard is damaged.
+            StoreError: A shard is not of the size or header that it was written with, or cannot be read; checksums are
+                compared by ``GradientStore.verify``.
         """
         grid, single = self._grid(damping)
         store = self._kept.complete()
@@ -282,7 +284,8 @@ class InfluenceFunction:
         Raises:
             UsageError: The store is not complete, the loader is empty, or k or the damping is out of range.
             GrassError: A query's gradient is not finite.
-            StoreError: A shard is damaged.
+            StoreError: A shard is not of the size or header that it was written with, or cannot be read; checksums are
+                compared by ``GradientStore.verify``.
         """
         grid, single = self._grid(damping)
         if not single:

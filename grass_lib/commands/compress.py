@@ -86,10 +86,12 @@ def compare(
         if as_json:
             typer.echo(json.dumps({"store": str(store.path), **found.to_json()}))
             continue
+        shared = f" and {found.shared_bytes:,} for directions that all share" if found.shared_bytes else ""
         kind = found.dtype if found.rank is None else f"rank {found.rank}, {found.dtype}"
+        size = f"{found.bytes_per_sample:,.0f} bytes per sample ({found.ratio:.1f} times fewer){shared}"
         typer.echo(
-            f"{store.path}: {kind}, {found.bytes_per_sample:,.0f} bytes per sample ({found.ratio:.1f} times fewer); "
-            f"Spearman with {reference}: self-influence {found.self_influence:.4f}, scores {found.scores:.4f} "
+            f"{store.path}: {kind}, {size}"
+            f"; Spearman with {reference}: self-influence {found.self_influence:.4f}, scores {found.scores:.4f} "
             f"(lowest of {found.queries} queries {found.lowest:.4f})"
         )
 

@@ -50,8 +50,12 @@ def info(
         typer.echo(json.dumps(value, indent=1))
         return
     state = "complete" if not missing else f"{len(missing)} of {found.n_shards} shards missing"
-    typer.echo(f"{found.n_samples:,} samples in {found.n_shards} shards of {found.shard_size:,}: {state}")
+    shards = f"{found.n_shards} shard{'' if found.n_shards == 1 else 's'}"
+    typer.echo(f"{found.n_samples:,} samples in {shards} of {found.shard_size:,}: {state}")
     typer.echo(f"{len(found.layers)} layers, k = {value['k']:,} in all, {value['dtype']}, {found.stored_bytes:,} bytes")
+    if "include_head" in found.fingerprint:
+        head = "among them" if found.fingerprint["include_head"] else "not among them"
+        typer.echo(f"output layer of a language model: {head}")
     if value["rank"]:
         typer.echo(f"rank {value['rank']}: coefficients in place of k = {value['features']:,} in all")
     source = found.source or {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from grass_lib.errors import DataError, UsageError
 from grass_lib.files import replacing
+from grass_lib.store import GradientStore
+from grass_lib.store.store import MANIFEST
 
 GRADIENTS = "gradients"
 
@@ -46,6 +48,26 @@ class Results:
     def gradients(self) -> Path:
         """Folder of the gradient store."""
         return self.folder / GRADIENTS
+
+    def check_phases(self, phases: Sequence[str]) -> None:
+        """Refuses phases that need gradients which are not there, before a model answers or computes anything.
+
+        Args:
+            phases: Those that are to run.
+
+        Raises:
+            UsageError: The phase ``cache`` is not among them, and has not been finished with these settings.
+            StoreError: The store there is damaged.
+        """
+        if "cache" in phases or not {"self_influence", "attribute"} & set(phases):
+            return
+        there = (self.gradients / MANIFEST).is_file()
+        missing = GradientStore.open(self.gradients).missing() if there else []
+        if not there or missing:
+            raise UsageError(
+                f"the gradients of these settings are {'not finished' if there else 'not there'}; run the phase cache "
+                "first, with -p phase=cache or all"
+            )
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Keeps JSON values under a name."""

@@ -117,7 +117,7 @@ def roofline(result: Mapping[str, Any]) -> Figure:
             share = [100 * (found[s]["roofline_fraction"] or 0) if s in found and found[s]["ms"] else 0 for s in shapes]
             places = [row + (i - len(keys) / 2 + 0.5) * height for row in range(len(shapes))]
             colour = "#56B4E9" if backend == "torch" else colour
-            bars = axes.barh(places, share, height=height, color=colour, label=label)
+            bars = axes.barh(places, share, height=height, color=colour, label=label, linewidth=0)
             axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2, color=NEUTRAL)
         axes.set_yticks(range(len(shapes)), [f"{b} × {p:,} → {k:,}" for b, p, k in shapes])
         axes.invert_yaxis()

@@ -92,8 +92,8 @@ def systems_figure(result: Mapping[str, Any]) -> Figure:
         colours = [_OURS if row["system"] == "grass_lib" else _OTHERS for row in rows]
         places = range(len(rows))
         walks = [row["tokens_per_second"] for row in rows]
-        axes.barh(places, walks, color=colours, alpha=0.35, height=0.7)
-        axes.barh(places, [row["tokens_per_second_ready"] for row in rows], color=colours, height=0.7)
+        axes.barh(places, walks, color=colours, alpha=0.35, height=0.7, linewidth=0)
+        axes.barh(places, [row["tokens_per_second_ready"] for row in rows], color=colours, height=0.7, linewidth=0)
         edge = 1.02 * max(walks)
         for place, row in enumerate(rows):
             memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"

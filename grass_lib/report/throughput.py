@@ -85,6 +85,7 @@ def speed_figure(result: Result) -> Figure:
             speeds,
             color=[_COLOURS["fp8" if row.get("fp8") else row["step"]] for row in rows],
             height=0.7,
+            linewidth=0,
         )
         floor = _floor(result)
         # Labels stand in one column right of the axes, where neither the line nor the grid crosses them.

@@ -18,6 +18,7 @@ from grass_lib.experiments.llama3_protocol import PHASES, parse_phases, protocol
 from grass_lib.experiments.llama3_queries import Answer, Prompt, answer, answers, load_prompts, query_batches
 from grass_lib.experiments.llama3_results import Results
 from grass_lib.gradients import FactoredGradients, chunked_causal_loss
+from grass_lib.store import GradientStore
 
 PARAMETERS = {
     **{
@@ -287,3 +288,21 @@ def test_the_notebook_has_the_parameters_that_are_checked():
     experiment = EXPERIMENTS["llama3_openwebtext"]
     found = read_parameters(Path(__file__).parents[2] / "notebooks" / experiment.notebook)
     assert set(found) - {"scale", "run_id"} == set(PARAMETERS)
+
+
+def test_phases_that_need_gradients_say_so_before_anything_is_computed(tmp_path):
+    results = Results(tmp_path, {"model": "tiny"})
+    for phases in (("cache",), ("cache", "attribute"), ("retrieve",)):
+        results.check_phases(phases)
+    for phases in (("attribute",), ("self_influence", "retrieve")):
+        with pytest.raises(UsageError, match="not there; run the phase cache first"):
+            results.check_phases(phases)
+    store = GradientStore.create(results.gradients, layers={"a": 3}, n_samples=4, shard_size=2, fingerprint={})
+    rows = torch.zeros(2, 3)
+    with store.writer() as writer:
+        writer.submit(0, {"a": rows})
+    with pytest.raises(UsageError, match="not finished; run the phase cache first"):
+        results.check_phases(("attribute",))
+    with store.writer() as writer:
+        writer.submit(1, {"a": rows})
+    results.check_phases(("self_influence", "attribute"))
