@@ -310,7 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _ClickError as error:
         context, said = getattr(error, "ctx", None), error.format_message().strip()
         if context is not None and type(error).__name__ == "NoArgsIsHelpError":
-            console_for(stderr=True).print(escape(context.get_help()))
+            if said:  # typer's own pages are shown already when the exception is made
+                console_for(stderr=True).print(escape(said))
             return UsageError.exit_code
         path = "grass" if context is None else context.command_path
         said = said if said.endswith((".", "!", "?")) else f"{said}."
