@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from grass_lib import __version__
+from grass_lib.attribution.curvature import groups_within
 from grass_lib.attribution.preconditioner import decompose
 from grass_lib.attribution.scoring import device_rows
 from grass_lib.errors import StoreError, UsageError
@@ -212,15 +213,8 @@ def low_rank_basis(
 
 def layer_groups(store: GradientStore) -> Iterator[list[str]]:
     """Layers whose sums fit 2 GiB together, so that rows of many layers are read in one pass."""
-    group, held = [], 0
-    for name, size in store.layers.items():
-        needed = size * min(size, store.n_samples) * 4
-        if group and held + needed > _SUMS_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += needed
-    yield group
+    sizes = store.layers
+    return groups_within(sizes, lambda name: sizes[name] * min(sizes[name], store.n_samples) * 4, _SUMS_BYTES)
 
 
 def _shards(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -162,6 +162,26 @@ def slices(length: int, row_bytes: int) -> Iterator[slice]:
     step = max(1, _BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def groups_within(names: Iterable[str], size: Callable[[str], int], most: int) -> Iterator[list[str]]:
+    """Consecutive names whose sizes stay within a bound together, at least one: every pass over a store opens its shards.
+
+    Args:
+        names: Of layers.
+        size: Bytes that one needs.
+        most: Bytes of a group.
+    """
+    group, held = list[str](), 0
+    for name in names:
+        needed = size(name)
+        if group and held + needed > most:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += needed
+    if group:
+        yield group
 
 
 class _StreamBlock:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grass_lib.attribution.curvature import Curvature, layer_rows, slices, stream_curvature
+from grass_lib.attribution.curvature import Curvature, groups_within, layer_rows, slices, stream_curvature
 from grass_lib.errors import GrassError
 from grass_lib.store import Store
 from grass_lib.streams import on_streams
@@ -123,7 +123,8 @@ def decompose(
 
     own = [name for name in layers if name in primal]
     bases.update(_side_by_side(from_sums, own, max((primal[name] for name in own), default=0), device))
-    for group in _groups(store, [name for name in layers if name not in primal]):
+    bytes_of = {name: store.n_samples * k * store.row_dtype.itemsize for name, k in store.layers.items()}
+    for group in groups_within((name for name in layers if name not in primal), bytes_of.__getitem__, _ROW_BYTES):
         rows = layer_rows(store, group, device)
         bases.update(_side_by_side(from_rows, group, store.n_samples, device))
     bases = {name: bases[name] for name in layers}
@@ -139,20 +140,6 @@ def _side_by_side(
     """Decompositions of matrices up to a width; small ones alone would leave most of a GPU idle."""
     at_once = _TOGETHER_BYTES // (_COPIES * 8 * max(1, width) ** 2)
     return dict(zip(names, on_streams(work, names, device, max(1, min(_STREAMS, at_once))), strict=True))
-
-
-def _groups(store: Store, names: Sequence[str]) -> Iterator[list[str]]:
-    """Layers whose rows are read together: every pass opens all shards."""
-    group, held = list[str](), 0
-    for name in names:
-        size = store.n_samples * store.layers[name] * store.row_dtype.itemsize
-        if group and held + size > _ROW_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
-    if group:
-        yield group
 
 
 def primal_layers(store: Store) -> dict[str, int]:

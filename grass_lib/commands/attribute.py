@@ -92,7 +92,7 @@ def read_query(query: str) -> str:
         query.startswith(("/", "./", "../", "~")) or path.suffix in (".txt", ".md", ".json")
     )
     try:
-        if len(query) < 1024 and (path.is_dir() if is_path else False):
+        if is_path and path.is_dir():
             raise UsageError(f"--query is the folder {query!r}; expected a prompt, or the path of a text file with one")
         is_file = len(query) < 1024 and "\n" not in query and path.is_file()
         text = path.read_text(encoding="utf-8") if is_file else query

@@ -38,8 +38,8 @@ def sides_sentence(rows: Iterable[Mapping[str, Any]], experiment: str) -> str:
 
 def _signed(value: float) -> str:
     """Three digits, or four where three would show nothing of it."""
-    text = f"{value:+.3f}"
-    return text if float(text) else f"{round(value, 4) + 0.0:+.4f}" if round(value, 4) else "+0.000"
+    digits = 4 if round(value, 4) and not round(value, 3) else 3
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # no negative zero
 
 
 def _kind(row: Mapping[str, Any]) -> str:
