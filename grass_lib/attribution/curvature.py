@@ -165,7 +165,7 @@ def slices(length: int, row_bytes: int) -> Iterator[slice]:
 
 
 def groups_within(names: Iterable[str], size: Callable[[str], int], most: int) -> Iterator[list[str]]:
-    """Consecutive names whose sizes stay within a bound together, at least one: every pass over a store opens its shards.
+    """Consecutive names whose sizes stay within a bound together, at least one, for walks that open every shard.
 
     Args:
         names: Of layers.
