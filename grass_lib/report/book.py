@@ -203,6 +203,7 @@ def assemble(root: str | Path) -> list[Shown]:
     from grass_lib.report.sides import sides_sentence
     from grass_lib.report.storage import write_plan_parts
     from grass_lib.report.systems_bench import write_systems_parts
+    from grass_lib.report.systems_lds import systems_lds_markdown
     from grass_lib.report.throughput import write_throughput_parts
     from grass_lib.runner import verified_records
 
@@ -234,6 +235,7 @@ def assemble(root: str | Path) -> list[Shown]:
     write_scaling_parts(root / "book" / "measured", generated)
     write_plan_parts(root / "book" / "measured", generated)
     write_systems_parts(root / "book" / "measured", generated)
+    (generated / "systems_lds.md").write_text(systems_lds_markdown(records, generated / "figures"), encoding="utf-8")
     (generated / "published.html").write_text(published_figure_html(published_rows()) + "\n", encoding="utf-8")
     return shown
 

@@ -271,6 +271,7 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     from grass_lib.report.masks import mask_rows
     from grass_lib.report.matching import Measured
     from grass_lib.report.published import published_rows
+    from grass_lib.report.systems import correlation_figure, systems_lds_figure
 
     published = published_rows(record.experiment) if record.scale == "paper" else []
     title = f"{experiment_title(record.experiment)}, {record.scale} scale"
@@ -278,16 +279,20 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     title += f", substitute {substitute}" if substitute else ""
     ceiling = next((row["noise_ceiling"] for row in pick_rows(record) if row.get("noise_ceiling")), None)
     stem = record.experiment if record.scale == "paper" else f"{record.experiment}_{record.scale}"
+    drawn: dict[str, Figure] = {}
     if mask_rows(record.results):
-        kinds = masks.draw(record, title)
-        return [
-            path for kind, figure in kinds.items() for path in save_figure(figure, f"{stem}_{kind}", folder, formats)
-        ]
-    drawn = {"lds": lds_figure(record, published=published, noise_ceiling=ceiling, title=title)}
-    if any(row.get("projection_seconds") for row in pick_rows(record)):
-        drawn["projection_time"] = time_figure(record, title=title)
-    if split_rows(record):
-        drawn["time_split"] = split_figure(record, title=title)
+        drawn = masks.draw(record, title)
+    elif any(row.get("system") for row in record.results):  # several systems: k alone does not tell them apart
+        drawn["lds"] = systems_lds_figure(record.results, title=title)
+        agreement = record.extra.get("correlations")
+        if agreement:
+            drawn["agreement"] = correlation_figure(agreement["labels"], agreement["matrix"])
+    else:
+        drawn["lds"] = lds_figure(record, published=published, noise_ceiling=ceiling, title=title)
+        if any(row.get("projection_seconds") for row in pick_rows(record)):
+            drawn["projection_time"] = time_figure(record, title=title)
+        if split_rows(record):
+            drawn["time_split"] = split_figure(record, title=title)
     return [path for kind, figure in drawn.items() for path in save_figure(figure, f"{stem}_{kind}", folder, formats)]
 
 

@@ -166,6 +166,42 @@ def systems_lds_table(rows: Iterable[Row]) -> pd.DataFrame:
     return with_formats(pd.DataFrame(records), {"LDS": "{:.4f}"})
 
 
+def systems_lds_figure(rows: Iterable[Row], *, title: str = "") -> Figure:
+    """LDS of every system as a point with its 95 % interval, in the order of the rows.
+
+    Args:
+        rows: result rows with ``label`` and ``system``; those without LDS are left out.
+        title: above the figure.
+    """
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row.get("lds")]
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(8.4, 1.3 + 0.33 * len(shown)), layout="constrained")
+        for place, row in enumerate(shown):
+            mean = float(row["lds"]["mean"])
+            low, high = row["lds"].get("interval") or (mean, mean)
+            colour = _SYSTEM_COLOURS.get(row["system"], NEUTRAL)
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot([mean], [place], color=colour, marker="o", markersize=6)
+        edge = axes.get_xlim()[1]
+        for place, row in enumerate(shown):
+            text = f"{float(row['lds']['mean']):.3f}"
+            axes.annotate(
+                text, (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+                va="center", fontsize=9, color=NEUTRAL,
+            )  # fmt: skip
+        axes.set_xlim(min(0.0, axes.get_xlim()[0]), edge)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_yticks(range(len(shown)), [row["label"] for row in shown], fontsize=9)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("LDS, mean over queries")
+        axes.set_title(title, wrap=True)
+        plt.close(figure)
+    return figure
+
+
 def correlation_figure(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> Figure:
     """Mean Spearman correlation between the scores of all pairs, as a heat map with its numbers.
 
@@ -176,22 +212,29 @@ def correlation_figure(labels: Sequence[str], matrix: Sequence[Sequence[float]])
     import matplotlib.pyplot as plt
 
     size = len(labels)
+    # A large figure is shown smaller than it is drawn.
+    points = 9.0 if size <= 8 else 11.0
     with figure_style():
         figure, axes = plt.subplots(figsize=(2.8 + 0.5 * size, 1.6 + 0.42 * size))
         axes.grid(visible=False)
-        image = axes.imshow(matrix, cmap="cividis", vmin=0.0, vmax=1.0)
-        axes.set_xticks(range(size), [str(place + 1) for place in range(size)])
-        axes.set_yticks(range(size), [f"{label}  {place + 1}" for place, label in enumerate(labels)])
+        image = axes.imshow(matrix, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+        axes.set_xticks(range(size), [str(place + 1) for place in range(size)], fontsize=points)
+        axes.set_yticks(range(size), [f"{label}  {place + 1}" for place, label in enumerate(labels)], fontsize=points)
         axes.tick_params(length=0)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
                 shade = "#111111" if value > 0.6 else "#ffffff"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=shade)
+                axes.text(j, i, _short(value), ha="center", va="center", fontsize=points, color=shade)
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
         bar.set_label("mean Spearman correlation")
         figure.tight_layout()
         plt.close(figure)
     return figure
+
+
+def _short(value: float) -> str:
+    """Two decimals without the zero before them: there is little room in a cell."""
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
 
 
 def throughput_figure(rows: Sequence[Row]) -> Figure:

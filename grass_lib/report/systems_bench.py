@@ -1,4 +1,4 @@
-"""The page "Throughput beside other systems": figures and tables drawn from the JSON of ``grass bench systems``."""
+"""The page "Other systems: throughput and LDS": figures and tables drawn from the JSON of ``grass bench systems``."""
 
 from __future__ import annotations
 

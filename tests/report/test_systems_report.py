@@ -10,8 +10,9 @@ from grass_lib.errors import RecordError
 from grass_lib.report import claims, systems
 from grass_lib.report.claims import FIELDS, THROUGHPUT
 from grass_lib.report.ledger import ledger_rows
-from grass_lib.report.schema import check_row
+from grass_lib.report.schema import RunRecord, check_row
 from grass_lib.report.systems_bench import SHAPES, load_systems, systems_markdown, write_systems_parts
+from grass_lib.report.systems_lds import systems_lds_markdown
 from grass_lib.report.tables import table_html
 
 
@@ -78,6 +79,41 @@ def test_checks_facts_and_correlations():
     fact = {"system": "LogIX", "what": "<b>", "expected": "x", "seen": "y", "why": "z"}
     assert "**LogIX**, &lt;b&gt;. One would expect: x. Seen: **y**. Z." in systems.facts_text([fact])
     assert len(systems.correlation_figure(["a", "b"], [[1.0, 0.5], [0.5, 1.0]]).axes) == 2
+
+
+def test_the_page_shows_the_lds_of_every_system(tmp_path):
+    def row(system, label, mean, k=16):
+        found = {"mean": mean, "interval": [mean - 0.1, mean + 0.1], "n_models": 5, "n_queries": 7, "n_undefined": 0}
+        ceiling = {"mean": 0.8, "interval": None}
+        return {
+            "system": system, "label": label, "k": k, "lds": found, "noise_ceiling": ceiling, "attributor": system,
+            "sparsification": "identity", "projection": "identity", "spec": "identity", "damping": 0.1,
+            "damping_convention": "relative", "projection_seconds": None, "backend": None, "operator": None,
+        }  # fmt: skip
+
+    rows = [
+        row("grass_lib", "ours low", 0.2), row("grass_lib", "ours high", 0.3), row("logix", "theirs", 0.4),
+        row("kronfluence", "whole", 0.5, k=None),
+    ]  # fmt: skip
+    labels = [each["label"] for each in rows]
+    matrix = torch.full((4, 4), 0.25)
+    matrix[1, 2] = matrix[2, 1] = 0.625
+    run = RunRecord(
+        run_id="run-1", experiment="logix_comparison", scale="paper", parameters={}, results=rows, phases={},
+        data={"source": "text", "rows": 1, "sha256": "0" * 64, "kind": "substitute"}, peak_bytes=1, stored_bytes=0,
+        tokens_per_second=None, device={"type": "cuda", "name": "a GPU"}, versions={}, source_hash="0" * 64, modules={},
+        git_commit=None, started="2026-01-01T00:00:00+00:00", finished="2026-01-01T00:01:00+00:00",
+        extra={"weights": "substitute", "correlations": {"labels": labels, "matrix": matrix.tolist()}},
+    )  # fmt: skip
+    text = systems_lds_markdown([run], tmp_path)
+    assert "run-1` on a GPU: GPT-2 small trained from scratch in place of the pretrained one, data text; 5" in text
+    assert "ours high 0.300 (0.200 to 0.400); theirs 0.400 (0.300 to 0.500); whole 0.500" in text
+    assert "ours low" not in text
+    assert "correlate by 0.62 to 0.62" in text  # the one that compresses nothing is not asked
+    drawn = (tmp_path / "logix_comparison_lds.svg").read_text()
+    assert all(f"<!-- {label}" in drawn for label in labels)
+    assert (tmp_path / "logix_comparison_agreement.svg").is_file()
+    assert "grass run logix_comparison" in systems_lds_markdown([], tmp_path)
 
 
 def test_a_page_of_the_benchmark(tmp_path):
