@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--profile", type=int, default=0, help="Also print so many kernels of a step, by their time.")
     parser.add_argument("--blocks", type=int, default=0, help="Also print so many groups of blocks at the peak.")
+    parser.add_argument("--events", type=Path, help="Folder where --blocks also writes every allocation as JSON.")
     arguments = parser.parse_args()
     facts = {
         "device": torch.cuda.get_device_name(),
@@ -190,7 +191,8 @@ def main() -> None:
             torch._dynamo.reset()
             with build() as step:
                 if arguments.blocks:  # the first call, since a recorded step allocates nothing later
-                    print(f"{name} {label}\n{blocks_of(partial(step, batch), arguments.blocks)}", flush=True)
+                    written = None if arguments.events is None else arguments.events / f"{name}-{label}.json"
+                    print(f"{name} {label}\n{blocks_of(partial(step, batch), arguments.blocks, written)}", flush=True)
                 seconds, peak = measure(step, batch, arguments.repeats)
                 if arguments.profile:
                     print(profile(step, batch, arguments.profile), flush=True)

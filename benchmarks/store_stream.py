@@ -56,12 +56,11 @@ class HostMemory:
 
 
 def random_rows(store: GradientStore, number: int) -> dict[str, Tensor]:
+    """Rows of one shard: each layer's are those of the layer before, moved by one, since drawing takes long."""
     generator = torch.Generator().manual_seed(number)
-    rows = len(store.shard_rows(number))
-    return {
-        name: torch.empty(rows, k, dtype=store.row_dtype).normal_(generator=generator)
-        for name, k in store.layers.items()
-    }
+    rows, widest = len(store.shard_rows(number)), max(store.layers.values())
+    drawn = torch.empty(rows + len(store.layers), widest, dtype=store.row_dtype).normal_(generator=generator)
+    return {name: drawn[place : place + rows, :k] for place, (name, k) in enumerate(store.layers.items())}
 
 
 def cache(store: GradientStore) -> dict[str, float]:

@@ -72,6 +72,15 @@ class LayerCapture:
         """Whether the contraction may wait until the backward pass is over: both its sides are short."""
         return self.shape.kind in ("linear", "conv1d") and not (self.out.is_identity or self.into.is_identity)
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether a compiled pass may take the input side in its backward pass.
+
+        Kept columns cost little to compute once more from what the backward pass has anyway, and nothing of them is
+        held until then. A dense side would need the whole input again.
+        """
+        return self.can_defer and self.into.index is not None
+
     def keep(self, module: nn.Module, x: Tensor, meter: Meter | None) -> tuple[Tensor, ...]:
         """What is needed of the input: its compressed side; for a norm the input itself, which it has anyway.
 
@@ -120,11 +129,26 @@ class LayerCapture:
         """
         return _Tap.apply(y, probe, *self._tables, self)
 
+    def tap_both(self, x: Tensor, y: Tensor, probe: Tensor, other: Tensor) -> Tensor:
+        """Like `tap`, with the input side taken in the backward pass too; see `can_wait`.
+
+        Args:
+            x: The layer's input ``(batch, ..., d_in)``.
+            y: The layer's output ``(batch, ..., d_out)``.
+            probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
+            other: ``(batch, ..., k2)``; its gradient will be the compressed input side.
+        """
+        return _TapBoth.apply(y, probe, x.detach(), other, *self._tables, self)
+
     def shorten(self, delta: Tensor, tables: Tables) -> Tensor:
         """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
         index, matrix = tables
         delta = delta if index is None else kept_columns(delta, index)
         return delta if matrix is None else delta @ matrix.to(delta.dtype)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Kept columns of an input ``(batch, ..., d_in)``, in operations that compilers join with what made it."""
+        return self._into.columns(x)
 
     def join(self, left: Tensor, right: Tensor) -> Tensor:
         """Contracts both compressed sides over tokens.
@@ -228,6 +252,31 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0], ctx.layer.shorten(gradients[0], ctx.saved_tensors), None, None, None
+
+
+class _TapBoth(torch.autograd.Function):
+    """Identity on a layer's output whose backward pass gives two probes both sides, compressed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        probe: Tensor,
+        x: Tensor,
+        other: Tensor,
+        index: Tensor | None,
+        matrix: Tensor | None,
+        layer: LayerCapture,
+    ) -> Tensor:
+        ctx.save_for_backward(x, index, matrix)
+        ctx.layer = layer
+        return _handed_on(ctx, y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tables = ctx.saved_tensors
+        left = ctx.layer.shorten(gradients[0], tables)
+        return gradients[0], left, None, ctx.layer.columns(x), None, None, None
 
 
 def _handed_on(ctx: Any, y: Tensor) -> Tensor:

@@ -69,6 +69,18 @@ class InputSide:
             return x @ matrix
         return torch.addmm(matrix[-1], x.flatten(0, -2), matrix[:-1]).unflatten(0, x.shape[:-1])
 
+    def columns(self, x: Tensor) -> Tensor:
+        """Kept columns of the input of a linear layer by a mask.
+
+        Args:
+            x: ``(batch, ..., d_in)``.
+
+        Returns:
+            ``(batch, ..., k2)``.
+        """
+        kept = x.index_select(-1, self._columns)  # pyright: ignore[reportArgumentType]
+        return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if self._ones else kept
+
     def _tokens(self, module: nn.Module, ids: Tensor) -> Tensor:
         padding = getattr(module, "padding_idx", None)
         if self.counts_tokens:

@@ -76,7 +76,9 @@ class CapturePass:
         self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile is True else _evaluate
         self._head = head
         self._meter, self._dtype, self._fp8 = meter, dtype, fp8
+        self._whole = compile is True
         self._probes: dict[str, Tensor] = {}
+        self._others: dict[str, Tensor] = {}
         self._inputs: dict[str, tuple[Tensor, ...]] = {}
         self._deferred: Sides = {}
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -137,7 +139,8 @@ class CapturePass:
         self._probes = {name: zero.expand(n, capture.size) for name, capture in self.captures.items()}
         for name, (shape, dtype) in self._deferred.items():
             self._probes[name] = self._zero(dtype).expand(shape)
-        probes = [probe.requires_grad_() for probe in self._probes.values()]
+        self._others = self._input_probes() if compiled and self._whole else {}
+        probes = [probe.requires_grad_() for probe in (*self._probes.values(), *self._others.values())]
         head = self._head_tap(output)
         try:
             with ExitStack() as stack:
@@ -163,9 +166,19 @@ class CapturePass:
             if head is not None and head.deferred and head.kept is not None:
                 inside[head.capture.name] = head.kept
             inputs = inside | {name: self._inputs[name][0] for name in self._deferred if name in self._inputs}
-            return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), inputs)
+            late = zip(self._others, found[len(self._probes) :], strict=True)
+            inputs |= {name: part for name, part in late if part is not None}
+            return Captured(dict(zip(self._probes, found, strict=False)), values.detach(), inputs)
         finally:
-            self._probes, self._deferred, self._inputs = {}, {}, {}
+            self._probes, self._others, self._deferred, self._inputs = {}, {}, {}, {}
+
+    def _input_probes(self) -> dict[str, Tensor]:
+        """Probes of input sides that the backward pass takes, by layer."""
+        return {
+            name: self._zero(dtype).expand(*shape[:-1], self.captures[name].into.k)
+            for name, (shape, dtype) in self._deferred.items()
+            if name != self._head and self.captures[name].can_wait
+        }
 
     def _head_tap(self, output: Output) -> HeadTap | None:
         """What an output that computes logits by itself gets, where the output layer is captured."""
@@ -214,7 +227,8 @@ class CapturePass:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.name in self._probes:
                 x = args[0] if args else next(iter(kwargs.values()))
-                self._inputs[capture.name] = capture.keep(module, x, self._clock())
+                late = capture.name in self._others
+                self._inputs[capture.name] = (x,) if late else capture.keep(module, x, self._clock())
 
         return hook
 
@@ -223,6 +237,8 @@ class CapturePass:
             name = capture.name
             if name not in self._probes:
                 return None
+            if name in self._others:
+                return capture.tap_both(self._inputs.pop(name)[0], y, self._probes[name], self._others[name])
             if name in self._deferred:
                 return capture.tap(y, self._probes[name])
             return capture.apply(self._inputs.pop(name), y, self._probes[name], self._clock())

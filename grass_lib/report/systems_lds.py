@@ -44,7 +44,10 @@ def systems_lds_markdown(records: Iterable[RunRecord], figures: Path) -> str:
     if agreement:
         lines += ["", _agreement_sentence(best, agreement)]
     drawn = {path.stem.rsplit("_", 1)[1]: path.name for path in draw_record(record, figures, ("svg",))}
-    lines += ["", figure_markdown(drawn["lds"], "LDS of every system on the same retrained models, with 95 % intervals.")]
+    lines += [
+        "",
+        figure_markdown(drawn["lds"], "LDS of every system on the same retrained models, with 95 % intervals."),
+    ]
     if "agreement" in drawn:
         caption = "Mean Spearman correlation over queries between the scores of all systems."
         lines += ["", figure_markdown(drawn["agreement"], caption)]
@@ -77,7 +80,7 @@ def _agreement_sentence(best: Sequence[Row], agreement: Mapping[str, Any]) -> st
     if not values:
         return ""
     return (
-        f"The scores of those that compress correlate by {min(values):.2f} to {max(values):.2f} with each other. Given the "
-        "matrices of one of them, this library gives its scores, which the page of the run checks; so what is left "
+        f"The scores of those that compress correlate by {min(values):.2f} to {max(values):.2f} with each other. Given "
+        "the matrices of one of them, this library gives its scores, which the page of the run checks; so what is left "
         "between them is the kind of compression, and which random numbers they drew."
     )

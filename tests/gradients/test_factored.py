@@ -382,6 +382,30 @@ def test_contractions_after_the_backward_pass_give_the_same(name, compile):
     assert_equal(found, {layer: rows.double() for layer, rows in plain.items()})
 
 
+@pytest.mark.parametrize(("sparsification", "held"), [("random_mask-4*3", 0), ("normal-4*3", 4)])
+def test_a_compiled_pass_holds_no_kept_columns_until_it_is_back(sparsification, held, monkeypatch):
+    model, batch, loss = case("text")
+    factored = FactoredGradients(model, loss, sparsification=sparsification, compile=True)
+    wanted = expected("text", sparsification, "identity", factored.layers)
+    grad, kept = torch.autograd.grad, (len(batch[0]), batch[0].shape[1], 3)
+    saved = []
+
+    def watched(output, *args, **options):
+        assert len(factored._pass._inputs) == held
+        saved.extend(tuple(part.shape) for part in output.grad_fn.next_functions[0][0].saved_tensors)
+        return grad(output, *args, **options)
+
+    with factored.attached():
+        uses = factored._pass.single_uses(loss, batch, N)
+        factored.deferred_step(batch, N, uses)  # compiles, which takes gradients by itself
+        monkeypatch.setattr(torch.autograd, "grad", watched)
+        found, _ = factored.deferred_step(batch, N, uses)
+    assert len(uses) == 4
+    assert saved
+    assert saved.count(kept) < 4, saved
+    assert_equal(found, wanted)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
