@@ -88,6 +88,7 @@ def fit_masks(
     *,
     scale: str,
     method: str = "learned",
+    include_head: bool = False,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = True,
@@ -101,6 +102,7 @@ def fit_masks(
         folder: Where masks are kept.
         scale: ``embedded`` or ``paper``.
         method: One of `FACTORED_METHODS`.
+        include_head: Whether the output layer has masks too.
         seed: Of every random choice.
         batch_size: Blocks in a pass.
         progress: Shows bars when it lasts more than 3 s.
@@ -112,7 +114,7 @@ def fit_masks(
         compressions,
         Path(folder),
         layers=LAYERS,
-        include_head=False,
+        include_head=include_head,
         data_sha256=blocks_hash(data.train_ids),
         scale=scale,
         method=method,
@@ -194,6 +196,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool 
     """
     chosen = _protocol_of(scale, parameters)
     seed, batch_size = int(parameters.get("seed", 0)), int(parameters.get("batch_size", 0)) or 32
+    head = bool(parameters.get("head", False))
     data = load_data(chosen)
     weights = attribution_checkpoint(chosen, data, networks_folder(scale), seed=seed, device=device, progress=progress)
 
@@ -209,7 +212,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool 
         loss=causal_loss,
         target=causal_margin,
         layers=LAYERS,
-        include_head=False,
+        include_head=head,
         train=batches(data.train_ids, batch_size),
         n_train=len(data.train_ids),
         data_sha256=blocks_hash(data.train_ids),
@@ -221,6 +224,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool 
             "base": parameters.get("base", "pretrained"),
             "n_lds_models": int(parameters.get("n_lds_models", 0)),
             "batch_size": batch_size,
+            "head": head,
         },
     )
 

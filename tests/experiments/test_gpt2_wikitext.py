@@ -485,6 +485,8 @@ def test_task(blocks, tmp_path, monkeypatch):
     again = experiment.attribution_task("embedded", task.parameters, "cpu")
     assert weights_hash(weights_of(again.model)) == weights_hash(weights_of(task.model))
     assert (tmp_path / "shared" / "gpt2_wikitext-embedded-networks").is_dir()
+    assert not task.include_head
+    assert experiment.attribution_task("embedded", {**task.parameters, "head": True}, "cpu").include_head
 
 
 @pytest.mark.gpu
