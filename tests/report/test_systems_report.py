@@ -100,13 +100,16 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
     matrix[1, 2] = matrix[2, 1] = 0.625
     run = RunRecord(
         run_id="run-1", experiment="logix_comparison", scale="paper", parameters={}, results=rows, phases={},
-        data={"source": "text", "rows": 1, "sha256": "0" * 64, "kind": "substitute"}, peak_bytes=1, stored_bytes=0,
+        data={"source": "text, <unk>", "rows": 1, "sha256": "0" * 64, "kind": "substitute"}, peak_bytes=1, stored_bytes=0,
         tokens_per_second=None, device={"type": "cuda", "name": "a GPU"}, versions={}, source_hash="0" * 64, modules={},
         git_commit=None, started="2026-01-01T00:00:00+00:00", finished="2026-01-01T00:01:00+00:00",
         extra={"weights": "substitute", "correlations": {"labels": labels, "matrix": matrix.tolist()}},
     )  # fmt: skip
     text = systems_lds_markdown([run], tmp_path)
-    assert "run-1` on a GPU: GPT-2 small trained from scratch in place of the pretrained one, data text; 5" in text
+    assert (
+        "run-1` on a GPU: GPT-2 small trained from scratch in place of the pretrained one, data text, &lt;unk&gt;; 5"
+        in text
+    )
     assert "ours high 0.300 (0.200 to 0.400); theirs 0.400 (0.300 to 0.500); whole 0.500" in text
     assert "ours low" not in text
     assert "correlate by 0.62 to 0.62" in text  # the one that compresses nothing is not asked
