@@ -17,6 +17,8 @@ from grass_lib.baselines.systems import (
 from grass_lib.errors import UsageError
 from grass_lib.specs import CompressionSpec, parse_specs
 
+INITS = ("random", "pca")
+"""LogIX's ways to begin, both of which the paper has."""
 RELATIVE_DEFAULT = 0.1
 """The relative damping that LogIX, bergson and kronfluence have as a default or an option."""
 
@@ -50,7 +52,7 @@ def sides(ks: Sequence[int]) -> list[int]:
     """
     found = []
     for k in ks:
-        side = math.isqrt(k)
+        side = math.isqrt(max(k, 0))
         if k < 1 or side * side != k:
             raise UsageError(f"k is {k}; expected squares, such as 256 = 16 * 16, since both sides get the same size")
         found.append(side)
@@ -73,7 +75,7 @@ def our_specs(ks: Sequence[int], specs: str = "") -> list[CompressionSpec]:
 
 
 def comparison(
-    ks: Sequence[int], dampings: Sequence[float], *, specs: str = "", device: str = "cpu"
+    ks: Sequence[int], dampings: Sequence[float], *, specs: str = "", all_modes: bool = False, device: str = "cpu"
 ) -> dict[str, list[Options]]:
     """The options that are compared, by system.
 
@@ -84,6 +86,7 @@ def comparison(
         ks: Compressed sizes of a layer, squares.
         dampings: The relative grid.
         specs: Our compressions, if not LoGra and FactGraSS at each size.
+        all_modes: Gives LogIX each of its initialisations with each of these Hessians at every size.
         device: Where it will run. On a GPU dattri keeps gradients on the disk, which it cannot do on a CPU, and ours
             compiles its pass.
 
@@ -94,11 +97,13 @@ def comparison(
     grid, ranks = tuple(dampings), sides(ks)
     last = ranks[-1]
     offload = "disk" if device.startswith("cuda") else "cpu"
+    modes = [("raw", init, rank) for rank in ranks for init in INITS]
+    modes += [("ekfac", init, rank) for rank in (ranks if all_modes else ranks[-1:]) for init in INITS]
+    modes += [("none", init, rank) for rank in ranks for init in INITS] if all_modes else [("none", "random", last)]
     logix: list[Options] = [
-        LogIXOptions(rank=rank, init=init, dampings=grid) for rank in ranks for init in ("random", "pca")
+        LogIXOptions(rank=rank, init=init, hessian=hessian, dampings=() if hessian == "none" else grid)
+        for hessian, init, rank in modes
     ]
-    logix += [LogIXOptions(rank=last, init=init, hessian="ekfac", dampings=grid) for init in ("random", "pca")]
-    logix.append(LogIXOptions(rank=last, hessian="none"))
     return {
         "grass_lib": [
             OursOptions(spec=str(spec), dampings=grid, compile=device.startswith("cuda"))

@@ -92,15 +92,16 @@ def systems(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     only: Annotated[str, typer.Option("--systems", help="with commas between them; all without")] = "",
     tokens: Annotated[int, typer.Option(help="of the training set; 0 for the shape's own")] = 0,
+    k: Annotated[int, typer.Option(help="compressed size of a layer, a square; 0 for the shape's own, 4096")] = 0,
     repeats: Annotated[int, typer.Option(help="how often each is measured, in turn")] = 1,
     python: Annotated[Path | None, typer.Option(help="a Python that has the systems, if not .venv-baselines")] = None,
     json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/systems-SHAPE.json")] = None,
 ) -> None:
     """Runs `grass_lib.bench.systems.run` and shows its table."""
-    from grass_lib.bench.systems import run, summary
+    from grass_lib.bench.systems import file_stem, run, summary
 
-    out = _output(json, f"systems-{shape}")
-    result = run(shape, device=device, systems=only, tokens=tokens, repeats=repeats, python=python, out=out)
+    out = _output(json, file_stem(shape, k))
+    result = run(shape, device=device, systems=only, tokens=tokens, k=k, repeats=repeats, python=python, out=out)
     typer.echo(summary(result))
 
 

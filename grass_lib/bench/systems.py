@@ -16,13 +16,14 @@ import logging
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grass_lib.baselines.environment import baselines_python
+from grass_lib.baselines.plan import sides
 from grass_lib.baselines.process import package_digest, run_system
 from grass_lib.baselines.systems import Options, check_systems
 from grass_lib.baselines.workload import Outcome, Workload
@@ -41,6 +42,7 @@ def run(
     device: str = "auto",
     systems: str = "",
     tokens: int = 0,
+    k: int = 0,
     python: Path | None = None,
     folder: Path | None = None,
     timeout: float = 3600.0,
@@ -54,6 +56,7 @@ def run(
         device: ``cuda``, ``cpu`` or ``auto``.
         systems: With commas between them; empty for all that take part.
         tokens: Of the training set; 0 for the setting's own.
+        k: Compressed size of a layer, a square such as 16,384, LogIX's rank 128; 0 for the setting's own.
         python: Has the other systems; None for that of ``.venv-baselines``.
         folder: Where stores go while they are measured; None for a temporary folder.
         timeout: Seconds for each set of options.
@@ -74,6 +77,9 @@ def run(
             f"tokens is {tokens} and repeats {repeats}; expected 0 (the setting's own) or more, and 1 or more"
         )
     setting = SETTINGS[shape]
+    if k:
+        sides([k])
+        setting = replace(setting, k=k)
     chosen = [name for name in check_systems(systems) if name in setting.systems]
     if not chosen:
         raise UsageError(
@@ -84,7 +90,7 @@ def run(
     workload, options_of = _workload(setting, where, tokens), options_for(setting, where)
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "command": f"grass bench systems --shape {shape}",
+        "command": f"grass bench systems --shape {shape}" + (f" --k {k}" if k else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if where.startswith("cuda") else platform.machine(),
         "device_type": where.split(":")[0],
@@ -118,6 +124,11 @@ def run(
         if out is not None:
             write(result, out)
     return result
+
+
+def file_stem(shape: str, k: int = 0) -> str:
+    """Name of a result's file without suffix; another size than the shape's own has another one."""
+    return f"systems-{shape}" + (f"-{k}" if k else "")
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
@@ -226,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--systems", default="")
     parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--k", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=3600.0)
     parser.add_argument("--python", type=Path)
@@ -237,10 +249,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=given.device,
         systems=given.systems,
         tokens=given.tokens,
+        k=given.k,
         python=given.python,
         timeout=given.timeout,
         repeats=given.repeats,
-        out=given.json or runs_root() / "bench" / f"systems-{given.shape}.json",
+        out=given.json or runs_root() / "bench" / f"{file_stem(given.shape, given.k)}.json",
     )
     sys.stdout.write(summary(result) + "\n")
     return 0

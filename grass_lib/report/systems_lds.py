@@ -34,9 +34,9 @@ def systems_lds_markdown(records: Iterable[RunRecord], figures: Path) -> str:
     ceiling = (first.get("noise_ceiling") or {}).get("mean")
     lines = [
         f"Measured in run `{record.run_id}` on {record.device['name']}: GPT-2 small{_weights(record)}, data "
-        f"{html.escape(record.data['source'], quote=False)}; {first['lds']['n_models']} models retrained on random halves, "
-        f"{first['lds']['n_queries']} queries. Each system has random matrices of its own, and the damping that did "
-        "best on other queries."
+        f"{html.escape(record.data['source'], quote=False)}; {first['lds']['n_models']} models retrained on random "
+        f"halves, {first['lds']['n_queries']} queries. Each system has random matrices of its own, and the damping "
+        "that did best on other queries."
         + (f" What any method could reach at best is {ceiling:.3f}." if ceiling is not None else ""),
         "",
         f"The best of each: {'; '.join(_text(row) for row in best)}.",

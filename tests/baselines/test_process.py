@@ -174,6 +174,11 @@ def test_every_system_gets_the_same_sizes_and_grid():
     assert {(options.init, options.hessian) for options in plan["logix"]} == {
         ("random", "raw"), ("pca", "raw"), ("random", "ekfac"), ("pca", "ekfac"), ("random", "none"),
     }  # fmt: skip
+    every = comparison([16, 64], [0.1, 0.01], all_modes=True)["logix"]
+    assert {(options.init, options.rank, options.hessian) for options in every} == {
+        (init, rank, hessian) for init in ("random", "pca") for rank in (4, 8) for hessian in ("raw", "ekfac", "none")
+    }
+    assert len(every) == 12
     for name in ("grass_lib", "dattri", "bergson"):
         assert {options.dampings for options in plan[name]} == {(0.1, 0.01)}
     assert {options.k for options in plan["dattri"]} == {64}

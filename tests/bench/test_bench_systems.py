@@ -31,6 +31,21 @@ def test_a_system_that_fails_leaves_its_error(tmp_path):
     assert "exit code 1" in summary(result)
 
 
+def test_another_size_is_that_of_every_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(systems, "_measure", lambda name, workload, options, *more: {
+        "system": name, "label": options.label, "options": options.to_json(), "repeat": more[-1], "error": "none here",
+    })  # fmt: skip
+    result = run("tiny", device="cpu", k=64, systems="grass_lib,logix", python=sys.executable)
+    assert result["planned"] == [
+        "grass_lib LoGra-64, eFIM", "grass_lib FactGraSS-64, eFIM", "LogIX random-8, none", "LogIX random-8, raw",
+    ]  # fmt: skip
+    assert (result["k"], result["command"]) == (64, "grass bench systems --shape tiny --k 64")
+    assert (systems.file_stem("tiny", 64), systems.file_stem("tiny")) == ("systems-tiny-64", "systems-tiny")
+    for wrong in (10, -3):
+        with pytest.raises(UsageError, match=f"k is {wrong}; expected squares"):
+            run("tiny", device="cpu", k=wrong, python=sys.executable)
+
+
 def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_it_lacks(tmp_path, monkeypatch):
     out, asked, fails = tmp_path / "systems.json", [], [True]
 
