@@ -102,7 +102,8 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
         run_id="run-1", experiment="logix_comparison", scale="paper", parameters={}, results=rows, phases={},
         data={"source": "text, <unk>", "rows": 1, "sha256": "0" * 64, "kind": "substitute"}, peak_bytes=1,
         stored_bytes=0, tokens_per_second=None, device={"type": "cuda", "name": "a GPU"}, versions={},
-        source_hash="0" * 64, modules={}, git_commit=None, started="2026-01-01T00:00:00+00:00", finished="2026-01-01T00:01:00+00:00",
+        source_hash="0" * 64, modules={}, git_commit=None, started="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:01:00+00:00",
         extra={"weights": "substitute", "correlations": {"labels": labels, "matrix": matrix.tolist()}},
     )  # fmt: skip
     text = systems_lds_markdown([run], tmp_path)
