@@ -37,7 +37,8 @@ def systems_lds_markdown(records: Iterable[RunRecord], figures: Path) -> str:
         f"{html.escape(record.data['source'], quote=False)}; {first['lds']['n_models']} models retrained on random "
         f"halves, {first['lds']['n_queries']} queries. Each system has random matrices of its own, and the damping "
         "that did best on other queries."
-        + (f" What any method could reach at best is {ceiling:.3f}." if ceiling is not None else ""),
+        + (f" What any method could reach at best is {ceiling:.3f}." if ceiling is not None else "")
+        + f" {_versions(record)}",
         "",
         f"The best of each: {'; '.join(_text(row) for row in best)}.",
     ]
@@ -53,6 +54,11 @@ def systems_lds_markdown(records: Iterable[RunRecord], figures: Path) -> str:
         caption = "Mean Spearman correlation over queries between the scores of all systems."
         lines += ["", figure_markdown(drawn["agreement"], caption)]
     return "\n".join(lines)
+
+
+def _versions(record: RunRecord) -> str:
+    found = [f"{SYSTEMS[name].title} {version}" for name, version in record.extra.get("system_versions", {}).items()]
+    return f"{', '.join(found)}." if found else ""
 
 
 def _weights(record: RunRecord) -> str:

@@ -104,7 +104,10 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
         stored_bytes=0, tokens_per_second=None, device={"type": "cuda", "name": "a GPU"}, versions={},
         source_hash="0" * 64, modules={}, git_commit=None, started="2026-01-01T00:00:00+00:00",
         finished="2026-01-01T00:01:00+00:00",
-        extra={"weights": "substitute", "correlations": {"labels": labels, "matrix": matrix.tolist()}},
+        extra={
+            "weights": "substitute", "system_versions": {"logix": "0.1.1"},
+            "correlations": {"labels": labels, "matrix": matrix.tolist()},
+        },
     )  # fmt: skip
     text = systems_lds_markdown([run], tmp_path)
     assert (
@@ -113,6 +116,7 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
     )
     assert "ours high 0.300 (0.200 to 0.400); theirs 0.400 (0.300 to 0.500); whole 0.500" in text
     assert "ours low" not in text
+    assert "LogIX 0.1.1." in text
     assert "correlate by 0.62 to 0.62" in text  # the one that compresses nothing is not asked
     drawn = (tmp_path / "logix_comparison_lds.svg").read_text()
     assert all(f"<!-- {label}" in drawn for label in labels)
