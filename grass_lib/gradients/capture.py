@@ -74,10 +74,10 @@ class LayerCapture:
 
     @property
     def can_wait(self) -> bool:
-        """Whether a compiled pass may take the input side in its backward pass.
+        """Whether a compiled pass may take the input side anew in its backward pass.
 
-        Kept columns cost little to compute once more from what the backward pass has anyway, and nothing of them is
-        held until then. A dense side would need the whole input again.
+        Kept columns cost little to compute once more from what the backward pass has anyway, and then nothing of them
+        is held until it is there. A dense side would need the whole input again.
         """
         return self.can_defer and self.into.index is not None
 
@@ -130,7 +130,7 @@ class LayerCapture:
         return _Tap.apply(y, probe, *self._tables, self)
 
     def tap_both(self, x: Tensor, y: Tensor, probe: Tensor, other: Tensor) -> Tensor:
-        """Like `tap`, with the input side taken in the backward pass too; see `can_wait`.
+        """Like `tap`, with the input side as a gradient too; see `can_wait`.
 
         Args:
             x: The layer's input ``(batch, ..., d_in)``.
@@ -138,7 +138,7 @@ class LayerCapture:
             probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
             other: ``(batch, ..., k2)``; its gradient will be the compressed input side.
         """
-        return _TapBoth.apply(y, probe, x.detach(), other, *self._tables, self)
+        return _TapBoth.apply(y, probe, x, other, *self._tables, self)
 
     def shorten(self, delta: Tensor, tables: Tables) -> Tensor:
         """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
@@ -255,7 +255,10 @@ class _Tap(torch.autograd.Function):
 
 
 class _TapBoth(torch.autograd.Function):
-    """Identity on a layer's output whose backward pass gives two probes both sides, compressed."""
+    """Identity on a layer's output whose backward pass gives two probes both sides, compressed.
+
+    The input side is saved like any other tensor: a compiler decides whether it is kept or computed once more.
+    """
 
     @staticmethod
     def forward(
@@ -268,15 +271,14 @@ class _TapBoth(torch.autograd.Function):
         matrix: Tensor | None,
         layer: LayerCapture,
     ) -> Tensor:
-        ctx.save_for_backward(x, index, matrix)
+        ctx.save_for_backward(layer.columns(x), index, matrix)
         ctx.layer = layer
         return _handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tables = ctx.saved_tensors
-        left = ctx.layer.shorten(gradients[0], tables)
-        return gradients[0], left, None, ctx.layer.columns(x), None, None, None
+        right, *tables = ctx.saved_tensors
+        return gradients[0], ctx.layer.shorten(gradients[0], tables), None, right, None, None, None
 
 
 def _handed_on(ctx: Any, y: Tensor) -> Tensor:

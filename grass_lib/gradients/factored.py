@@ -30,8 +30,8 @@ class FactoredGradients:
     A layer's weight gradient is ``sum_t delta_t x_t^T``: gradients of its outputs times its inputs (with a 1 appended
     for the bias). Stage 1 shortens ``delta`` and ``x``, the sum over tokens follows, stage 2 shortens the flattened
     ``(k1, k2)`` matrix. Weights are frozen while gradients are captured, so that nothing is computed for them, nothing
-    below the lowest captured layer, and of each input only the kept columns stay for the backward pass (of a model that
-    is compiled as a whole not even those: the backward pass takes them from what it has anyway).
+    below the lowest captured layer, and of each input only the kept columns stay for the backward pass (in a recorded
+    step of a model that is compiled as a whole only those that it cannot take anew from what it has anyway).
 
     Samples must not influence each other: the model runs in evaluation mode, and every layer must have samples on
     dimension 0. Afterwards the model is as it was found, also after an exception.

@@ -21,8 +21,8 @@ from grass_lib.gradients.state import evaluating
 
 Compile: TypeAlias = bool | Literal["blocks"]
 """Whether passes are compiled: as a whole, or block by block with one compiled code for all of them."""
-Sides = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape ``(batch, ..., k1)`` and type of layers' compressed output sides."""
+Sides = dict[str, tuple[tuple[int, ...], torch.dtype, torch.dtype]]
+"""Shape ``(batch, ..., k1)`` of layers' compressed output sides, and the types of output and input sides."""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class CapturePass:
         zero = self._zero(self._dtype)
         self._deferred, self._inputs = deferred or {}, {}
         self._probes = {name: zero.expand(n, capture.size) for name, capture in self.captures.items()}
-        for name, (shape, dtype) in self._deferred.items():
+        for name, (shape, dtype, _) in self._deferred.items():
             self._probes[name] = self._zero(dtype).expand(shape)
         self._others = self._input_probes() if compiled and self._whole else {}
         probes = [probe.requires_grad_() for probe in (*self._probes.values(), *self._others.values())]
@@ -173,10 +173,10 @@ class CapturePass:
             self._probes, self._others, self._deferred, self._inputs = {}, {}, {}, {}
 
     def _input_probes(self) -> dict[str, Tensor]:
-        """Probes of input sides that the backward pass takes, by layer."""
+        """Probes of input sides that the compiler may take in the backward pass, by layer."""
         return {
             name: self._zero(dtype).expand(*shape[:-1], self.captures[name].into.k)
-            for name, (shape, dtype) in self._deferred.items()
+            for name, (shape, _, dtype) in self._deferred.items()
             if name != self._head and self.captures[name].can_wait
         }
 
@@ -202,21 +202,22 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        seen: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = {name: [] for name in self.captures}
+        seen: dict[str, list[tuple[tuple[int, ...], torch.dtype, torch.dtype]]] = {name: [] for name in self.captures}
 
         def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, y: Tensor) -> None:
-                seen[name].append(((*y.shape[:-1], self.captures[name].out.k), y.dtype))
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+                shape = *y.shape[:-1], self.captures[name].out.k
+                seen[name].append((shape, y.dtype, _first(args, kwargs).dtype))
 
             return hook
 
         with ExitStack() as stack, torch.no_grad():
             for name in self.captures:
-                stack.callback(self._modules[name].register_forward_hook(watch(name)).remove)
+                stack.callback(self._modules[name].register_forward_hook(watch(name), with_kwargs=True).remove)
             head = self._head_tap(output)
             _evaluate(output, self.model, samples, head)
             if head is not None:
-                seen[head.capture.name].append(((*head.shape, head.capture.out.k), head.dtype))
+                seen[head.capture.name].append(((*head.shape, head.capture.out.k), head.dtype, head.dtype))
         return {
             name: uses[0]
             for name, uses in seen.items()
@@ -226,7 +227,7 @@ class CapturePass:
     def _before(self, capture: LayerCapture) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.name in self._probes:
-                x = args[0] if args else next(iter(kwargs.values()))
+                x = _first(args, kwargs)
                 late = capture.name in self._others
                 self._inputs[capture.name] = (x,) if late else capture.keep(module, x, self._clock())
 
@@ -247,6 +248,11 @@ class CapturePass:
 
     def _clock(self) -> Meter | None:
         return None if torch.compiler.is_compiling() else self._meter
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer's input."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _evaluate(output: Any, model: nn.Module, samples: Batch, head: HeadTap | None) -> Tensor:
