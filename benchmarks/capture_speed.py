@@ -164,6 +164,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0, help="Also print so many groups of blocks at the peak.")
     parser.add_argument("--events", type=Path, help="Folder where --blocks also writes every allocation as JSON.")
     arguments = parser.parse_args()
+    if arguments.events is not None:
+        if not arguments.blocks:
+            parser.error("--events needs --blocks")
+        arguments.events.mkdir(parents=True, exist_ok=True)
     facts = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -191,7 +195,8 @@ def main() -> None:
             torch._dynamo.reset()
             with build() as step:
                 if arguments.blocks:  # the first call, since a recorded step allocates nothing later
-                    written = None if arguments.events is None else arguments.events / f"{name}-{label}.json"
+                    file = f"{name}-{label}{'-compiled' * compiled}{'-graph' * graph}.json"
+                    written = None if arguments.events is None else arguments.events / file
                     print(f"{name} {label}\n{blocks_of(partial(step, batch), arguments.blocks, written)}", flush=True)
                 seconds, peak = measure(step, batch, arguments.repeats)
                 if arguments.profile:

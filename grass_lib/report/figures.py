@@ -269,11 +269,14 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     from grass_lib.report import masks
     from grass_lib.report.influence_tables import split_figure, split_rows
     from grass_lib.report.masks import mask_rows
-    from grass_lib.report.matching import Measured
+    from grass_lib.report.matching import Measured, with_more_layers
     from grass_lib.report.published import published_rows
     from grass_lib.report.systems import correlation_figure, systems_lds_figure
 
-    published = published_rows(record.experiment) if record.scale == "paper" else []
+    as_published = record.scale == "paper" and not any(
+        with_more_layers(record.experiment, row) for row in record.results
+    )
+    published = published_rows(record.experiment) if as_published else []
     title = f"{experiment_title(record.experiment)}, {record.scale} scale"
     substitute = Measured(record, {}).substitute
     title += f", substitute {substitute}" if substitute else ""
@@ -283,7 +286,8 @@ def draw_record(record: RunRecord, folder: str | Path, formats: Sequence[str] = 
     if mask_rows(record.results):
         drawn = masks.draw(record, title)
     elif any(row.get("system") for row in record.results):  # several systems: k alone does not tell them apart
-        drawn["lds"] = systems_lds_figure(record.results, title=title)
+        if any(row.get("lds") for row in record.results):
+            drawn["lds"] = systems_lds_figure(record.results, title=title)
         agreement = record.extra.get("correlations")
         if agreement:
             drawn["agreement"] = correlation_figure(agreement["labels"], agreement["matrix"])

@@ -15,6 +15,8 @@ PROTOCOL_PARAMETERS = ("n_lds_models", "n_trak_models")
 STUDIES = {"mlp_masks": "mlp_mnist"}
 #: Parameters that choose other data, another model or another training than the paper's, quoted in reasons.
 CHOICES = ("data", "base", "recipe", "masks")
+#: Pairs whose published rows leave the output layer out.
+WITHOUT_HEAD = ("gpt2_wikitext",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ def choices_text(record: RunRecord) -> str:
     return f" ({found})" if found else ""
 
 
+def with_more_layers(experiment: str, row: Mapping[str, Any]) -> bool:
+    """Whether a result row has the output layer's gradients, which the published rows of its pair have not."""
+    return experiment in WITHOUT_HEAD and bool(row.get("head_included"))
+
+
 def like_for_like(projection: str) -> str:
     """The projection of ours that computes what the published one did.
 
@@ -79,6 +86,8 @@ class RowIndex:
             pair = STUDIES.get(record.experiment, record.experiment)
             for row in record.results:
                 if "way" in row and not (row["way"] == "learned" and row["shared"]):
+                    continue
+                if with_more_layers(pair, row):
                     continue
                 key = (pair, row["attributor"], row["sparsification"], row["projection"])
                 found.setdefault(key, []).append(Measured(record, row))

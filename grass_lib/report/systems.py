@@ -87,7 +87,9 @@ def checks_text(found: Iterable[Mapping[str, Any]]) -> str:
     ]
     for each in found:
         numbers = f"{each['spearman']:.6f} | {each['largest_difference']:.1e} | {'yes' if each['same'] else '**no**'}"
-        lines.append(f"| {_cell(each['theirs'])} | {_cell(each['ours'])} | {numbers} | {_cell(each['rest'])} |")
+        lines.append(
+            f"| {in_markdown(each['theirs'])} | {in_markdown(each['ours'])} | {numbers} | {in_markdown(each['rest'])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -99,14 +101,14 @@ def facts_text(found: Iterable[Mapping[str, Any]]) -> str:
     """
     lines = []
     for each in found:
-        what, expected, seen, why = (_cell(each[name]) for name in ("what", "expected", "seen", "why"))
+        what, expected, seen, why = (in_markdown(each[name]) for name in ("what", "expected", "seen", "why"))
         lines.append(
             f"- **{each['system']}**, {what}. One would expect: {expected}. Seen: **{seen}**. {_sentence(why)}"
         )
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def in_markdown(text: str) -> str:
     """Text of a library as it is, in Markdown."""
     escaped = html.escape(str(text), quote=False)
     for mark in ("\\", "|", "*", "_", "`"):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grass_lib.bench.systems_plan import SETTINGS
+from grass_lib.errors import RecordError
 from grass_lib.report.figure_files import FORMATS, figure_markdown, save_figure
 from grass_lib.report.results import read_result
 from grass_lib.report.style import NEUTRAL, figure_style
@@ -29,12 +31,15 @@ def load_systems(folder: Path, shape: str) -> dict[str, Any] | None:
         shape: Key of `SHAPES`.
 
     Raises:
-        RecordError: The file has no rows.
+        RecordError: The file has no rows, or is of another compressed size than the page speaks of.
     """
-    path = folder / f"systems-{shape}.json"
+    path, command = folder / f"systems-{shape}.json", f"grass bench systems --shape {shape}"
     if not path.is_file():
         return None
-    return read_result(path, "rows", f"grass bench systems --shape {shape}")
+    found, k = read_result(path, "rows", command), SETTINGS[shape].k
+    if found.get("k", k) != k:
+        raise RecordError(f"{path.name} is of k = {found['k']}, expected {k}; run `{command}` again, without --k")
+    return found
 
 
 def systems_markdown(result: Mapping[str, Any]) -> str:

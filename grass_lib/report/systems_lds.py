@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grass_lib.baselines.systems import SYSTEMS
 from grass_lib.report.figure_files import figure_markdown
 from grass_lib.report.figures import draw_record
+from grass_lib.report.systems import in_markdown
 from grass_lib.report.tables import Row, interval_text
 
 if TYPE_CHECKING:
@@ -25,35 +25,34 @@ def systems_lds_markdown(records: Iterable[RunRecord], figures: Path) -> str:
         records: of paper scale.
         figures: ``book/_generated/figures``.
     """
-    record = next((record for record in records if record.experiment == EXPERIMENT), None)
-    rows = [] if record is None else [row for row in record.results if row.get("lds")]
-    if record is None or not rows:
+    record = next((record for record in records if record.experiment == EXPERIMENT and _with_lds(record)), None)
+    if record is None:
         return f"Not measured yet: `grass run {EXPERIMENT} --scale paper` does it, on a GPU, after `make baselines`.\n"
-    best = _best_of_each(rows)
-    first = rows[0]
+    rows = _with_lds(record)
+    best, first = _best_of_each(rows), rows[0]
     ceiling = (first.get("noise_ceiling") or {}).get("mean")
     lines = [
         f"Measured in run `{record.run_id}` on {record.device['name']}: GPT-2 small{_weights(record)}, data "
-        f"{html.escape(record.data['source'], quote=False)}; {first['lds']['n_models']} models retrained on random "
-        f"halves, {first['lds']['n_queries']} queries. Each system has random matrices of its own, and the damping "
-        "that did best on other queries."
+        f"{in_markdown(record.data['source'])}; {first['lds']['n_models']} models retrained on random halves, "
+        f"{first['lds']['n_queries']} queries. Systems with random matrices draw their own; the damping was chosen "
+        "on other queries, but for kronfluence, which has 0.1."
         + (f" What any method could reach at best is {ceiling:.3f}." if ceiling is not None else "")
         + f" {_versions(record)}",
-        "",
         f"The best of each: {'; '.join(_text(row) for row in best)}.",
+        _agreement_sentence(best, record),
     ]
-    agreement = record.extra.get("correlations")
-    if agreement:
-        lines += ["", _agreement_sentence(best, agreement)]
     drawn = {path.stem.rsplit("_", 1)[1]: path.name for path in draw_record(record, figures, ("svg",))}
-    lines += [
-        "",
-        figure_markdown(drawn["lds"], "LDS of every system on the same retrained models, with 95 % intervals."),
-    ]
+    lines.append(
+        figure_markdown(drawn["lds"], "LDS of every system on the same retrained models, with 95 % intervals.")
+    )
     if "agreement" in drawn:
         caption = "Mean Spearman correlation over queries between the scores of all systems."
-        lines += ["", figure_markdown(drawn["agreement"], caption)]
-    return "\n".join(lines)
+        lines.append(figure_markdown(drawn["agreement"], caption))
+    return "\n\n".join(filter(None, lines))
+
+
+def _with_lds(record: RunRecord) -> list[Row]:
+    return [row for row in record.results if row.get("lds")]
 
 
 def _versions(record: RunRecord) -> str:
@@ -77,17 +76,26 @@ def _best_of_each(rows: Sequence[Row]) -> list[Row]:
 
 def _text(row: Row) -> str:
     interval = interval_text(row["lds"].get("interval"))
-    return f"{row['label']} {row['lds']['mean']:.3f}" + (f" ({interval})" if interval else "")
+    return f"{in_markdown(row['label'])} {row['lds']['mean']:.3f}" + (f" ({interval})" if interval else "")
 
 
-def _agreement_sentence(best: Sequence[Row], agreement: Mapping[str, Any]) -> str:
-    """How far the scores of the compressed rows among the best agree."""
-    places = [agreement["labels"].index(row["label"]) for row in best if row["k"] is not None]
-    values = [agreement["matrix"][i][j] for i in places for j in places if i < j]
+def _agreement_sentence(best: Sequence[Row], record: RunRecord) -> str:
+    """How far the scores of the compressed rows among the best agree, and what may be behind it."""
+    agreement = record.extra.get("correlations") or {"labels": []}
+    labels = [row["label"] for row in best if row["k"] is not None and row["label"] in agreement["labels"]]
+    places = [agreement["labels"].index(label) for label in labels]
+    values = [f"{agreement['matrix'][i][j]:.2f}" for i in places for j in places if i < j]
     if not values:
         return ""
-    return (
-        f"The scores of those that compress correlate by {min(values):.2f} to {max(values):.2f} with each other. Given "
-        "the matrices of one of them, this library gives its scores, which the page of the run checks; so what is left "
-        "between them is the kind of compression, and which random numbers they drew."
+    low, high = min(values), max(values)
+    text = (
+        f"Scores of the best that compress correlate by {low if low == high else f'{low} to {high}'} with each other."
     )
+    checks = record.extra.get("checks")
+    if checks and all(check["same"] for check in checks):
+        text += (
+            " Given a system's own matrices, this library gives its scores, which the page of the run checks. These "
+            "rows differ in their random numbers, in the kind of compression, in the damping that was chosen, and in "
+            "biases, whose gradients LogIX and bergson leave out."
+        )
+    return text

@@ -35,9 +35,10 @@ def test_another_size_is_that_of_every_system(tmp_path, monkeypatch):
     monkeypatch.setattr(systems, "_measure", lambda name, workload, options, *more: {
         "system": name, "label": options.label, "options": options.to_json(), "repeat": more[-1], "error": "none here",
     })  # fmt: skip
-    result = run("tiny", device="cpu", k=64, systems="grass_lib,logix", python=sys.executable)
+    result = run("tiny", device="cpu", k=64, python=sys.executable)
     assert result["planned"] == [
         "grass_lib LoGra-64, eFIM", "grass_lib FactGraSS-64, eFIM", "LogIX random-8, none", "LogIX random-8, raw",
+        "dattri LoGra-64, eFIM", "dattri FactGraSS-64, eFIM", "bergson rademacher-8*8, autocorrelation",
     ]  # fmt: skip
     assert (result["k"], result["command"]) == (64, "grass bench systems --shape tiny --k 64")
     assert (systems.file_stem("tiny", 64), systems.file_stem("tiny")) == ("systems-tiny-64", "systems-tiny")

@@ -307,3 +307,15 @@ def test_a_damping_at_the_edge_of_its_grid_is_told():
     edge = find(ledger_rows([record(result("sjlt-4096", damping_at_edge=True))]), "sjlt-4096")
     assert "damping 0.1 relative" in inside["reason"]
     assert "damping 0.1 (edge of the grid) relative" in edge["reason"]
+
+
+def test_rows_with_the_output_layer_are_not_beside_published_ones_without_it():
+    def measured(head, run_id):
+        row = result("sjlt-256", sparsification="random_mask-32*32", head_included=head, attributor="influence_efim")
+        return record(row, experiment="gpt2_wikitext", run_id=run_id)
+
+    both = ledger_rows([measured(True, "with"), measured(False, "without")])
+    row = find(both, "sjlt-256", sparsification="random_mask-32*32", experiment="gpt2_wikitext")
+    assert row["run_id"] == "without"
+    alone = ledger_rows([measured(True, "with")])
+    assert find(alone, "sjlt-256", sparsification="random_mask-32*32", experiment="gpt2_wikitext")["run_id"] is None

@@ -1,5 +1,6 @@
 """Tables, figures and pages of the comparison with other systems, and the claim's row of the ledger."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from grass_lib.baselines import BergsonOptions, DattriOptions, KronfluenceOption
 from grass_lib.errors import RecordError
 from grass_lib.report import claims, systems
 from grass_lib.report.claims import FIELDS, THROUGHPUT
+from grass_lib.report.figures import draw_record
 from grass_lib.report.ledger import ledger_rows
 from grass_lib.report.schema import RunRecord, check_row
 from grass_lib.report.systems_bench import SHAPES, load_systems, systems_markdown, write_systems_parts
@@ -92,7 +94,7 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
         }  # fmt: skip
 
     rows = [
-        row("grass_lib", "ours low", 0.2), row("grass_lib", "ours high", 0.3), row("logix", "theirs", 0.4),
+        row("grass_lib", "ours*low", 0.2), row("grass_lib", "ours high", 0.3), row("logix", "theirs", 0.4),
         row("kronfluence", "whole", 0.5, k=None),
     ]  # fmt: skip
     labels = [each["label"] for each in rows]
@@ -106,7 +108,7 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
         finished="2026-01-01T00:01:00+00:00",
         extra={
             "weights": "substitute", "system_versions": {"logix": "0.1.1"},
-            "correlations": {"labels": labels, "matrix": matrix.tolist()},
+            "correlations": {"labels": labels, "matrix": matrix.tolist()}, "checks": [{"same": True}],
         },
     )  # fmt: skip
     text = systems_lds_markdown([run], tmp_path)
@@ -117,11 +119,19 @@ def test_the_page_shows_the_lds_of_every_system(tmp_path):
     assert "ours high 0.300 (0.200 to 0.400); theirs 0.400 (0.300 to 0.500); whole 0.500" in text
     assert "ours low" not in text
     assert "LogIX 0.1.1." in text
-    assert "correlate by 0.62 to 0.62" in text  # the one that compresses nothing is not asked
+    assert "correlate by 0.62 with each other. Given" in text  # the one that compresses nothing is not asked
     drawn = (tmp_path / "logix_comparison_lds.svg").read_text()
     assert all(f"<!-- {label}" in drawn for label in labels)
     assert (tmp_path / "logix_comparison_agreement.svg").is_file()
-    assert "grass run logix_comparison" in systems_lds_markdown([], tmp_path)
+    without = dataclasses.replace(run, results=[{**each, "lds": None} for each in rows])
+    assert systems_lds_markdown([without, run], tmp_path) == text
+    assert "grass run logix_comparison" in systems_lds_markdown([without], tmp_path)
+    assert [path.name for path in draw_record(without, tmp_path / "bare", ("svg",))] == [
+        "logix_comparison_agreement.svg"
+    ]
+    run.extra["checks"].append({"same": False})
+    run.extra["correlations"]["labels"][1] = "somebody else"
+    assert "correlate" not in systems_lds_markdown([run], tmp_path)
 
 
 def test_a_page_of_the_benchmark(tmp_path):
@@ -143,6 +153,9 @@ def test_a_page_of_the_benchmark(tmp_path):
     cut = systems_markdown(bench(planned=["grass_lib FactGraSS-16, eFIM", "dattri LoGra-16, eFIM"]))
     assert "Not measured, because the run was stopped before: dattri LoGra-16, eFIM." in cut
     assert "165 % faster" in systems_markdown(bench(throughput_percent_faster=165.2))
+    (measured / "systems-gpt2.json").write_text(json.dumps(bench(k=64)))
+    with pytest.raises(RecordError, match="k = 64, expected 4096"):
+        load_systems(measured, "gpt2")
     (measured / "systems-gpt2.json").write_text("{}")
     with pytest.raises(RecordError, match="has no rows"):
         load_systems(measured, "gpt2")
