@@ -284,10 +284,11 @@ class _TapBoth(torch.autograd.Function):
 def _handed_on(ctx: Any, y: Tensor) -> Tensor:
     """A layer's output as the output of a function, without a copy.
 
-    It is the same tensor, not a view of it, so that an activation after the layer may work in place.
+    An activation after the layer may work in place: the output is the same tensor, or shares its memory without being
+    a view in the eyes of automatic differentiation.
     """
     if torch.compiler.is_compiling() or y._is_view():
-        return y.view_as(y)
+        return y.detach()
     ctx.mark_dirty(y)
     return y
 
