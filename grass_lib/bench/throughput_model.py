@@ -101,8 +101,6 @@ def build(name: str, *, weights: str = "random", dtype: str = "bfloat16", device
         model = random_llama(llama_config(SHAPES[name]), device=device, dtype=kind)
     else:
         model = _known(name, weights, kind, device)
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False
     if device.type == "cuda":
         torch.cuda.synchronize()
     return BenchModel(model, name if name in SHAPES else Path(name).name, weights, dtype, time.perf_counter() - start)

@@ -7,15 +7,16 @@ pass as arguments, and not entries of a dict by name as hooks have them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.capture import LayerCapture
+from grass_lib.gradients.compiling import compiled as compiled_apart
 
 
 class CapturedLayer(nn.Module):
@@ -113,7 +114,8 @@ class CompiledBlocks:
             compiled: Whether the blocks run compiled.
         """
         if compiled and not self._compiled:
-            self._compiled = [torch.compile(block._call_impl, dynamic=False) for block in self._blocks]
+            run = compiled_apart(_run)
+            self._compiled = [functools.partial(run, block) for block in self._blocks]
         before = [block._compiled_call_impl for block in self._blocks]
         try:
             for name, layer in self._layers.items():
@@ -131,6 +133,10 @@ class CompiledBlocks:
     def kept(self) -> dict[str, Tensor]:
         """Compressed inputs of the deferred layers that the pass used."""
         return {name: layer.kept for name, layer in self._layers.items() if layer.kept is not None}
+
+
+def _run(block: Any, *args: Any, **kwargs: Any) -> Any:
+    return block._call_impl(*args, **kwargs)
 
 
 def find_blocks(model: nn.Module, wanted_by: str = "compile='blocks'") -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
+from grass_lib.gradients.compiling import compiled as compiled_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
 from grass_lib.gradients.meter import Meter
@@ -73,7 +74,7 @@ class CapturePass:
         self.model, self.captures = model, captures
         self._modules = dict(model.named_modules())
         self._blocks = CompiledBlocks(model, captures) if compile == "blocks" else None
-        self._compiled: Any = torch.compile(_evaluate, dynamic=False) if compile is True else _evaluate
+        self._compiled: Any = compiled_apart(_evaluate) if compile is True else _evaluate
         self._head = head
         self._meter, self._dtype, self._fp8 = meter, dtype, fp8
         self._whole = compile is True

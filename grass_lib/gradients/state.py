@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,15 +53,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every submodule in evaluation mode and gives each its own mode back, also after an exception.
 
     The flags are set directly: ``train()`` and ``eval()`` may be overridden with side effects (merging adapters, say).
+    Models of transformers collect no keys and values for generation meanwhile (``config.use_cache``): they would take
+    memory, and a compiler would see another cache in every block.
     """
     modes = [(module, module.training) for module in model.modules()]
+    configs = {id(config): config for module, _ in modes if (config := getattr(module, "config", None)) is not None}
+    caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
         for module, _ in modes:
             module.training = False
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for config in caching:
+            config.use_cache = True
 
 
 def trainable_names(model: nn.Module, parameters: ParameterFilter | None = None) -> list[str]:

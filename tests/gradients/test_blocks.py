@@ -62,6 +62,32 @@ def test_compiled_blocks_give_the_rows_of_the_plain_pass(graphs, loss):
     assert all(block._compiled_call_impl is None for block in model.model.layers)
 
 
+@pytest.mark.parametrize("compile", [True, "blocks"])
+def test_each_compression_is_compiled_however_many_there_are(graphs, compile):
+    model, batch = make_llama(), make_batch()
+    seen = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for k in (4, 5, 6, 7):
+            graphs.clear()
+            FactoredGradients(model, causal_loss, sparsification=f"random_mask-{k}*5", compile=compile)(batch)
+            seen.append(len(graphs))
+    assert seen[0] >= 2
+    assert len(set(seen)) == 1
+
+
+def test_blocks_of_a_model_with_a_cache_for_generation_share_their_code(graphs):
+    model, batch = make_llama(), make_batch()
+    FactoredGradients(model, causal_loss, compile="blocks", **MASKED)(batch)
+    shared = len(graphs)
+    model.config.use_cache = True  # what transformers' models have where nobody says otherwise
+    graphs.clear()
+    found, _ = FactoredGradients(model, causal_loss, compile="blocks", **MASKED)(batch)
+    assert len(graphs) == shared
+    assert model.config.use_cache is True
+    model.config.use_cache = False
+    same(found, FactoredGradients(model, causal_loss, **MASKED)(batch)[0])
+
+
 def test_nothing_is_differentiated_below_the_lowest_captured_layer(graphs):
     model, batch = make_llama(), make_batch()
     seen = []

@@ -1,0 +1,26 @@
+"""Functions compiled apart from each other."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a copy of a function that has a code object of its own, for fixed shapes.
+
+    PyTorch counts compilations by code object and runs what goes beyond ``torch._dynamo.config.recompile_limit`` of them
+    as it is, with a warning: the ninth compression that a process compares would be slow.
+
+    Args:
+        function: A function of Python, not a method.
+    """
+    found = cast("types.FunctionType", function)
+    own = types.FunctionType(
+        found.__code__.replace(), found.__globals__, found.__name__, found.__defaults__, found.__closure__
+    )
+    own.__kwdefaults__ = found.__kwdefaults__
+    return torch.compile(own, dynamic=False)
