@@ -12,8 +12,8 @@ import torch
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a copy of a function that has a code object of its own, for fixed shapes.
 
-    PyTorch counts compilations by code object and runs what goes beyond ``torch._dynamo.config.recompile_limit`` of them
-    as it is, with a warning: the ninth compression that a process compares would be slow.
+    PyTorch counts compilations by code object and runs what goes beyond ``torch._dynamo.config.recompile_limit`` as it
+    is, with a warning: the ninth compression that a process compares would be slow.
 
     Args:
         function: A function of Python, not a method.
