@@ -92,7 +92,7 @@ def systems(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     only: Annotated[str, typer.Option("--systems", help="with commas between them; all without")] = "",
     tokens: Annotated[int, typer.Option(help="of the training set; 0 for the shape's own")] = 0,
-    k: Annotated[int, typer.Option(help="compressed size of a layer, a square; 0 for the shape's own, 4096")] = 0,
+    k: Annotated[int, typer.Option(help="compressed size of a layer, a square; 0 for the shape's own")] = 0,
     repeats: Annotated[int, typer.Option(help="how often each is measured, in turn")] = 1,
     python: Annotated[Path | None, typer.Option(help="a Python that has the systems, if not .venv-baselines")] = None,
     json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/systems-SHAPE.json")] = None,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.capture import LayerCapture
-from grass_lib.gradients.compiling import compiled as compiled_apart
+from grass_lib.gradients.compiling import compile_apart
 
 
 class CapturedLayer(nn.Module):
@@ -114,7 +114,7 @@ class CompiledBlocks:
             compiled: Whether the blocks run compiled.
         """
         if compiled and not self._compiled:
-            run = compiled_apart(_run)
+            run = compile_apart(_run)
             self._compiled = [functools.partial(run, block) for block in self._blocks]
         before = [block._compiled_call_impl for block in self._blocks]
         try:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a copy of a function that has a code object of its own, for fixed shapes.
 
     PyTorch counts compilations by code object and runs what goes beyond ``torch._dynamo.config.recompile_limit`` as it

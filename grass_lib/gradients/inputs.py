@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.gradients.sides import Side
-from grass_lib.kernels.columns import kept_columns
+from grass_lib.kernels.columns import kept_columns, plain_columns
 
 
 class InputSide:
@@ -70,7 +70,7 @@ class InputSide:
         return torch.addmm(matrix[-1], x.flatten(0, -2), matrix[:-1]).unflatten(0, x.shape[:-1])
 
     def columns(self, x: Tensor) -> Tensor:
-        """Kept columns of the input of a linear layer by a mask.
+        """Kept columns of the input of a linear layer with a mask, in operations that compilers look into.
 
         Args:
             x: ``(batch, ..., d_in)``.
@@ -78,8 +78,7 @@ class InputSide:
         Returns:
             ``(batch, ..., k2)``.
         """
-        kept = x.index_select(-1, self._columns)  # pyright: ignore[reportArgumentType]
-        return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if self._ones else kept
+        return plain_columns(x, self._columns, self._ones)  # pyright: ignore[reportArgumentType]
 
     def _tokens(self, module: nn.Module, ids: Tensor) -> Tensor:
         padding = getattr(module, "padding_idx", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
-from grass_lib.gradients.compiling import compiled as compiled_apart
+from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
 from grass_lib.gradients.meter import Meter
@@ -22,8 +22,10 @@ from grass_lib.gradients.state import evaluating
 
 Compile: TypeAlias = bool | Literal["blocks"]
 """Whether passes are compiled: as a whole, or block by block with one compiled code for all of them."""
-Sides = dict[str, tuple[tuple[int, ...], torch.dtype, torch.dtype]]
-"""Shape ``(batch, ..., k1)`` of layers' compressed output sides, and the types of output and input sides."""
+Use: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.dtype]
+"""Shape ``(batch, ..., k1)`` of a layer's compressed output side, and the types of output and input side."""
+Sides = dict[str, Use]
+"""By layer."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class CapturePass:
         self.model, self.captures = model, captures
         self._modules = dict(model.named_modules())
         self._blocks = CompiledBlocks(model, captures) if compile == "blocks" else None
-        self._compiled: Any = compiled_apart(_evaluate) if compile is True else _evaluate
+        self._compiled: Any = compile_apart(_evaluate) if compile is True else _evaluate
         self._head = head
         self._meter, self._dtype, self._fp8 = meter, dtype, fp8
         self._whole = compile is True
@@ -203,7 +205,7 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        seen: dict[str, list[tuple[tuple[int, ...], torch.dtype, torch.dtype]]] = {name: [] for name in self.captures}
+        seen: dict[str, list[Use]] = {name: [] for name in self.captures}
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:

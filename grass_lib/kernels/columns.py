@@ -27,17 +27,21 @@ def kept_columns(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
         ``(..., k)``, or ``(..., k + 1)`` with ones.
     """
     if not (x.is_cuda and x.dtype in _ONE and x.dim() > 1):
-        kept = x.index_select(-1, index)
-        return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if ones else kept
+        return plain_columns(x, index, ones)
     # As a matrix, which the layer makes of it too: a compiler sees one tensor and writes it once.
     return _columns(x.flatten(0, -2), index, ones).unflatten(0, x.shape[:-1])
+
+
+def plain_columns(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
+    """What `kept_columns` gives, in operations of PyTorch, which compilers join with what made the tensor."""
+    kept = x.index_select(-1, index)
+    return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if ones else kept
 
 
 @torch.library.custom_op("grass_lib::kept_columns", mutates_args=())
 def _columns(x: Tensor, index: Tensor, ones: bool) -> Tensor:
     if nvrtc.missing_for_kernels() is not None:
-        kept = x.index_select(1, index)
-        return torch.cat([kept, kept.new_ones(len(x), 1)], dim=1) if ones else kept
+        return plain_columns(x, index, ones)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), len(index) + ones)
     if out.numel() == 0:

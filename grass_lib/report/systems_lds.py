@@ -84,10 +84,10 @@ def _agreement_sentence(best: Sequence[Row], record: RunRecord) -> str:
     agreement = record.extra.get("correlations") or {"labels": []}
     labels = [row["label"] for row in best if row["k"] is not None and row["label"] in agreement["labels"]]
     places = [agreement["labels"].index(label) for label in labels]
-    values = [f"{agreement['matrix'][i][j]:.2f}" for i in places for j in places if i < j]
+    values = [agreement["matrix"][i][j] for i in places for j in places if i < j]
     if not values:
         return ""
-    low, high = min(values), max(values)
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     text = (
         f"Scores of the best that compress correlate by {low if low == high else f'{low} to {high}'} with each other."
     )
