@@ -9,7 +9,7 @@ from typing import Any
 
 from grass_lib.project import project_root
 from grass_lib.report.matching import Measured, RowIndex
-from grass_lib.report.systems_bench import load_systems
+from grass_lib.report.systems_bench import load_earlier, load_systems
 
 THROUGHPUT = "throughput_percent_faster"
 FIELDS = (
@@ -60,14 +60,17 @@ def claim_row(
     stated_text = f"claimed: {claim['claim']} ({claim['protocol']})"
     if bench is not None and published is not None:
         found = float(bench[THROUGHPUT])
+        runs = earlier_benches(claim["experiment"], benchmarks)
+        others = f" ({', '.join(f'{run:.0f} %' for run in runs)} in earlier runs on other machines)" if runs else ""
         return {
             **row,
             "measured": found,
             "data": "substitute",
             "verdict": "not comparable",
-            "reason": f"{found:.0f} % faster than LogIX's LoGra, curvature included, on {bench['device']}, ours "
-            "compiled and with its chunked loss, LogIX as documented; weights and tokens are random substitutes, on "
-            f"which throughput does not depend ({bench['command']}, {bench['date']}); {stated_text}",
+            "reason": f"{found:.0f} % faster than LogIX's LoGra{others}, curvature included, on "
+            f"{bench['device']}, ours compiled and with its chunked loss, LogIX as documented; weights and tokens are "
+            f"random substitutes, on which throughput does not depend ({bench['command']}, {bench['date']}); "
+            f"{stated_text}",
         }
     if record is None or measured is None or published is None:
         command = "`grass bench systems --shape llama --json book/measured/systems-llama.json`"
@@ -98,7 +101,20 @@ def throughput_bench(experiment: str, benchmarks: Path | None = None) -> dict[st
         experiment: of the claim.
         benchmarks: Folder of results; None for ``book/measured`` of the project.
     """
-    shape = experiment.split("_")[0].rstrip("0123456789")
-    found = load_systems(benchmarks or project_root() / "book" / "measured", shape)
+    found = load_systems(_folder(benchmarks), _shape(experiment))
     fits = found is not None and found.get("device_type") == "cuda" and found.get(THROUGHPUT) is not None
     return found if fits else None
+
+
+def earlier_benches(experiment: str, benchmarks: Path | None = None) -> list[float]:
+    """The claim's figure in earlier runs of `throughput_bench`; arguments as there."""
+    runs = load_earlier(_folder(benchmarks), _shape(experiment))
+    return [float(run[THROUGHPUT]) for run in runs if run.get("device_type") == "cuda" and THROUGHPUT in run]
+
+
+def _folder(benchmarks: Path | None) -> Path:
+    return benchmarks or project_root() / "book" / "measured"
+
+
+def _shape(experiment: str) -> str:
+    return experiment.split("_")[0].rstrip("0123456789")

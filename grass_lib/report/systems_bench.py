@@ -42,11 +42,29 @@ def load_systems(folder: Path, shape: str) -> dict[str, Any] | None:
     return found
 
 
-def systems_markdown(result: Mapping[str, Any]) -> str:
+def load_earlier(folder: Path, shape: str) -> list[dict[str, Any]]:
+    """Reads the earlier runs of a shape, on other machines or with other versions: ``systems-SHAPE_N.json``.
+
+    Args:
+        folder: Usually ``book/measured``.
+        shape: Key of `SHAPES`.
+
+    Returns:
+        In the order of N.
+
+    Raises:
+        RecordError: A file has no rows.
+    """
+    paths = folder.glob(f"systems-{shape}_*.json")
+    return [read_result(path, "rows", f"grass bench systems --shape {shape}") for path in sorted(paths)]
+
+
+def systems_markdown(result: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]] = ()) -> str:
     """One result as MyST: where it was measured, the table, the best in throughput and in memory.
 
     Args:
         result: What ``grass bench systems`` wrote.
+        earlier: Other runs, which get a sentence each.
     """
     rows = [row for row in result["rows"] if not row["error"]]
     libraries = ", ".join(f"{name} {version}" for name, version in sorted({(r["system"], r["version"]) for r in rows}))
@@ -84,7 +102,20 @@ def systems_markdown(result: Mapping[str, Any]) -> str:
             f"Our FactGraSS is {result['throughput_percent_faster']:.0f} % faster than LogIX's LoGra of rank 64, both "
             "with curvature."
         )
+    lines += [line for run in earlier for line in ("", _earlier_line(run))]
     return "\n".join(lines) + "\n"
+
+
+def _earlier_line(run: Mapping[str, Any]) -> str:
+    speeds = [
+        f"{row['label']} {row['tokens_per_second_ready']:,.0f} tokens/s" for row in run["rows"] if not row["error"]
+    ]
+    percent = run.get("throughput_percent_faster")
+    found = "" if percent is None else f"; FactGraSS {percent:.0f} % faster than LogIX's LoGra"
+    return (
+        f"An earlier run, with the code of then, on {run['device']} ({run['date']}), ready to score: "
+        f"{'; '.join(speeds)}{found}. Timings of different runs are of different machines and do not compare."
+    )
 
 
 def systems_figure(result: Mapping[str, Any]) -> Figure:
@@ -148,7 +179,9 @@ def write_systems_parts(measured: Path, generated: Path) -> None:
     for shape in SHAPES:
         found = load_systems(measured, shape)
         command = f"grass bench systems --shape {shape} --json book/measured/systems-{shape}.json"
-        text = f"Not measured yet: `{command}` writes it, on a GPU.\n" if found is None else systems_markdown(found)
+        text = f"Not measured yet: `{command}` writes it, on a GPU.\n"
+        if found is not None:
+            text = systems_markdown(found, load_earlier(measured, shape))
         if found is not None and _drawn(found):
             caption = f"{(systems_figure.__doc__ or '').splitlines()[0]} {SHAPES[shape]}."
             text += f"\n{figure_markdown(f'systems_{shape}.svg', caption)}"

@@ -177,3 +177,20 @@ def test_the_claim_is_measured_by_the_benchmark(tmp_path, monkeypatch, faster):
     assert (claim["verdict"], claim["measured"]) == ("not comparable", faster)  # the weights are random
     assert set(claim) == set(FIELDS)
     assert "LogIX" in claim["reason"]
+
+
+def test_earlier_runs_have_a_sentence_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "project_root", lambda: tmp_path)
+    folder, generated = tmp_path / "book" / "measured", tmp_path / "generated"
+    folder.mkdir(parents=True)
+    (folder / "systems-llama.json").write_text(json.dumps(bench(**{THROUGHPUT: 119.0})))
+    (folder / "systems-llama-16384.json").write_text(json.dumps(bench(**{THROUGHPUT: 3.0})))  # of another size
+    for number, faster in ((1, 126.0), (2, 71.0)):
+        (folder / f"systems-llama_{number}.json").write_text(json.dumps(bench(**{THROUGHPUT: faster})))
+    write_systems_parts(folder, generated)
+    page = (generated / "systems_llama.md").read_text()
+    assert page.count("An earlier run") == 2
+    assert page.index("FactGraSS 126 % faster") < page.index("FactGraSS 71 % faster")
+    (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
+    assert claim["measured"] == 119.0
+    assert "(126 %, 71 % in earlier runs on other machines)" in claim["reason"]
