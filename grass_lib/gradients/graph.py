@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from grass_lib.errors import GrassError, UsageError
+from grass_lib.gradients.capturing import CapturedGraphs
 from grass_lib.gradients.outputs import Batch
 
 Step = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
@@ -28,6 +30,9 @@ class RecordedStep:
         Args:
             step: Gives named rows ``(batch, k)`` and values ``(batch,)``.
             samples: A batch on the GPU.
+
+        Raises:
+            UsageError: The step cannot be recorded; the message says why.
         """
         self.shapes = shapes_of(samples)
         self._inputs: Batch
@@ -35,17 +40,19 @@ class RecordedStep:
             self._inputs = {name: value.clone() for name, value in samples.items()}
         else:
             self._inputs = tuple(value.clone() for value in samples)
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        device = tensors_of(samples)[0].device
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 step(self._inputs)
         current.wait_stream(stream)
-        # What warmed up on another stream is of no use to the recording, which has memory of its own.
-        torch.cuda.empty_cache()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._rows, self._values = step(self._inputs)
+        found: list[tuple[dict[str, Tensor], Tensor]] = []
+        try:
+            self._recorded = CapturedGraphs(device)(lambda: found.append(step(self._inputs)))
+        except GrassError as error:
+            raise UsageError(f"this step cannot be recorded as a CUDA graph: {error}. Use graph=False") from error
+        self._rows, self._values = found[0]
 
     def fits(self, samples: Batch) -> bool:
         """Whether a batch has the shapes that were recorded."""
@@ -55,7 +62,7 @@ class RecordedStep:
         """The step's results for another batch of the same shapes; they are the caller's own."""
         for own, given in zip(tensors_of(self._inputs), tensors_of(samples), strict=True):
             own.copy_(given, non_blocking=True)
-        self._graph.replay()
+        self._recorded()
         rows = {
             name: torch.empty_like(part, memory_format=torch.contiguous_format) for name, part in self._rows.items()
         }
