@@ -9,7 +9,8 @@ GPT2-small's shape with random weights. Four kinds of step on the same batches, 
 - ``training``: transformers' model with all weight gradients (the floor of systems that form them), not compiled, and
   compiled.
 
-The loss is the same function in all of them.
+The loss is the same function in all of them. Memory is that of each step alone. A device that gets warm runs slower:
+the speed of our step beside ``activations`` is measured once more with both by turns, in rounds of a few steps each.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from benchmarks.live_blocks import blocks_of
 from grass_lib.gradients import FactoredGradients, causal_loss
 from grass_lib.gradients.graph import RecordedStep
 
-BLOCK = 512
+BLOCK, ROUNDS = 512, 20
+_T = 2.093  # of Student's distribution with ROUNDS - 1 degrees, for 95 % intervals
 SPECS = {
     "FactGraSS": {"sparsification": "random_mask-128*128", "projection": "sjlt-4096"},
     "LoGra": {"sparsification": "normal-64*64", "projection": "identity"},
@@ -107,6 +109,29 @@ def caching_step(
         yield step
 
 
+def seconds_of(step: Callable[..., None], batch: dict[str, Tensor]) -> float:
+    """Of one step, by the device's clock."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    step(batch)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def by_turns(base: Callable[..., None], step: Callable[..., None], batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Speed of a step as a share of another one's: mean over the rounds and half of its 95 % interval."""
+    for warm in (base, base, base, step):
+        warm(batch)
+    ratios = []
+    for place in range(ROUNDS):
+        taken = {}
+        for which in (base, step) if place % 2 == 0 else (step, base):
+            taken[which] = statistics.median(seconds_of(which, batch) for _ in range(5))
+        ratios.append(taken[base] / taken[step])
+    return statistics.mean(ratios), _T * statistics.stdev(ratios) / ROUNDS**0.5
+
+
 def measure(step: Callable[..., None], batch: dict[str, Tensor], repeats: int) -> tuple[float, int]:
     """Median seconds of a step, and the bytes that it needs: allocated at most, recordings with all they hold."""
     for _ in range(3):
@@ -114,14 +139,7 @@ def measure(step: Callable[..., None], batch: dict[str, Tensor], repeats: int) -
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        step(batch)
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1000)
+    seconds = [seconds_of(step, batch) for _ in range(repeats)]
     # A replayed graph allocates nothing: its memory is a pool of its own, which it keeps.
     pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
     held = sum(part["total_size"] - part["allocated_size"] for part in pools)
@@ -199,12 +217,18 @@ def main() -> None:
                     written = None if arguments.events is None else arguments.events / file
                     print(f"{name} {label}\n{blocks_of(partial(step, batch), arguments.blocks, written)}", flush=True)
                 seconds, peak = measure(step, batch, arguments.repeats)
+                shares = None
+                if label in SPECS:
+                    with activations_step(model, compiled, graph) as base:
+                        shares = by_turns(base, step, batch)
+                    del base
                 if arguments.profile:
                     print(profile(step, batch, arguments.profile), flush=True)
             del step
             model.requires_grad_(False)
             model.zero_grad(set_to_none=True)
             gc.collect()
+            torch._C._cuda_clearCublasWorkspaces()  # of streams that only this step used
             torch.cuda.empty_cache()
             rows.append(
                 {
@@ -214,18 +238,20 @@ def main() -> None:
                     "graph": graph,
                     "tokens_per_second": arguments.batch * BLOCK / seconds,
                     "peak_bytes": peak,
+                    "by_turns": shares,
                 }
             )
             # After every row: a run that is cut off keeps what it measured.
             arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-            base = next(
+            first = next(
                 row for row in rows if (row["dtype"], row["step"], row["compiled"]) == (name, "activations", True)
             )
             speed = rows[-1]["tokens_per_second"]
             how = f"{'compiled' if compiled else 'plain'}{'+graph' if graph else ''}"
             print(
-                f"{name:9} {label:12} {how:15} {speed:10,.0f} tokens/s {speed / base['tokens_per_second']:.3f}  "
-                f"{peak / 1e9:6.2f} GB {peak / base['peak_bytes']:.3f}",
+                f"{name:9} {label:12} {how:15} {speed:10,.0f} tokens/s {speed / first['tokens_per_second']:.3f}  "
+                f"{peak / 1e9:6.2f} GB {peak / first['peak_bytes']:.3f}"
+                + (f"  by turns {shares[0]:.4f} +- {shares[1]:.4f}" if shares else ""),
                 flush=True,
             )
         del model

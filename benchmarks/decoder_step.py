@@ -7,6 +7,7 @@ captured. One row for each way:
 
 - ``plain``: transformers' layers as they are;
 - ``compiled``: one compiled layer for all, as caching runs them;
+- ``flash``: the same with PyTorch's own flash attention instead of cuDNN's;
 - ``deterministic``: the same with strictly deterministic kernels, which leaves cuDNN's attention out;
 - ``joined``: compiled, with one product for the query, key and value projections and one for gate and up;
 - ``cublaslt``: compiled, with products by cuBLASLt;
@@ -29,11 +30,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grass_lib.deterministic import deterministic_kernels
 from grass_lib.experiments.models.llama import SHAPES, llama_config, random_llama
 
-WAYS = ("plain", "compiled", "deterministic", "joined", "cublaslt", "autotuned")
+WAYS = ("plain", "compiled", "flash", "deterministic", "joined", "cublaslt", "autotuned")
 KINDS = {
     "compiled code": ("triton",),
     "attention": ("flash", "fmha", "cudnn", "attention"),
@@ -103,19 +105,21 @@ def cublaslt() -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-def parts_of(step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a step's kernels by kind."""
+def parts_of(step: Callable[[], object], rows: int) -> tuple[dict[str, float], str]:
+    """Milliseconds of a step's kernels by kind, and a table of the longest."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
     sums = dict.fromkeys([*KINDS, "other"], 0.0)
-    for event in found.key_averages():
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events:
         name = event.key.lower()
         kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
         sums[kind] += event.self_device_time_total / 1000
-    return sums
+    lines = [f"  {event.self_device_time_total / 1000:8.3f} ms {event.count:5} {event.key[:140]}" for event in events]
+    return sums, "\n".join(lines[:rows])
 
 
 def main() -> None:
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=tuple(SHAPES))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profile", type=int, default=0, help="Also print so many kernels of a step, by their time.")
     parser.add_argument("--ways", default=",".join(WAYS[:-1]))
     parser.add_argument("--out", type=Path, default=Path("decoder_step.json"))
     arguments = parser.parse_args()
@@ -151,6 +156,7 @@ def main() -> None:
         options = {"options": {"max_autotune_gemm": True}} if way == "autotuned" else {}
         with (
             joined(body.layers) if way == "joined" else cublaslt() if way == "cublaslt" else nullcontext(),
+            sdpa_kernel(SDPBackend.FLASH_ATTENTION) if way == "flash" else nullcontext(),
             deterministic_kernels(device) if way == "deterministic" else nullcontext(),
             compiled(body.layers, **options) if way != "plain" else nullcontext(),
         ):
@@ -165,7 +171,7 @@ def main() -> None:
                 end.record()
                 end.synchronize()
                 seconds.append(begin.elapsed_time(end))
-            parts = parts_of(step)
+            parts, table = parts_of(step, arguments.profile)
         taken = statistics.median(seconds)
         rows.append(
             {
@@ -182,6 +188,8 @@ def main() -> None:
             f"{way:14} {taken:8.2f} ms  {shown}  products at {speed:.0f} TFLOP/s  differs {rows[-1]['difference']:.1e}",
             flush=True,
         )
+        if table:
+            print(table, flush=True)
         facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **vars(arguments), "rows": rows}
         arguments.out.write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
