@@ -217,4 +217,5 @@ def _step(logits: Tensor, labels: Tensor, wants_delta: bool) -> tuple[Tensor, Te
 
 @functools.cache
 def _compiled_step() -> Any:
-    return torch.compile(_step, dynamic=False)
+    """Compiled for the first number of tokens, and for any other one when a second comes."""
+    return torch.compile(_step)

@@ -8,7 +8,7 @@ from tiny_llama import VOCABULARY, make_batch, make_llama, rows_of
 from torch.nn import functional
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss
+from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss, head
 from grass_lib.gradients.head import takes_head
 from grass_lib.projection import build_projector
 
@@ -149,3 +149,27 @@ def test_bad_input():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(UsageError, match="final_logit_softcapping"):
         chunked_causal_loss(model, batch)
+
+
+def test_two_compilations_serve_any_number_of_tokens(monkeypatch):
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    head._compiled_step.cache_clear()
+    try:
+        for tokens in range(3, 15):
+            logits, labels = torch.randn(tokens, 11), torch.randint(0, 11, (tokens,))
+            labels[0] = -100
+            for found, wanted in zip(
+                head._compiled_step()(logits, labels, True), head._step(logits, labels, True), strict=True
+            ):
+                torch.testing.assert_close(found, wanted)
+    finally:
+        head._compiled_step.cache_clear()
+        torch._dynamo.reset()
+    assert len(compiled) == 2
