@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from grass_lib.errors import GrassError, RecordError, UsageError
 from grass_lib.report.music_pages import with_music
 from grass_lib.report.pages import Page, changed_parameters, pages_in_toc, stub, to_page
+from grass_lib.report.redraw import redraw
 
 if TYPE_CHECKING:
     from grass_lib.report.record import RunRecord
@@ -101,19 +102,31 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
     import nbformat
 
     notebooks, records = _fresh(generated / "notebooks"), _fresh(generated / "records")
-    shown = []
+    shown, executed_notebooks = [], []
     for page in pages_in_toc(root / "_toc.yml"):
         found, refused = newest_verified(root, page)
         if found is None:
             (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
             continue
-        notebook = nbformat.read(found.folder / "notebook.ipynb", as_version=4)
-        others = list(_stored_variants(root, found, notebooks, records))
-        shown_page = to_page(notebook, found.record, page, changed_parameters(found.folder), others)
+        shown.append(found)
+        executed_notebooks.append(nbformat.read(found.folder / "notebook.ipynb", as_version=4))
+    # Runs of this machine were drawn by this version; stored ones may be months old.
+    stored = [place for place, found in enumerate(shown) if found.folder.is_relative_to(root / "book" / "measured")]
+    drawn = redraw([(executed_notebooks[place], shown[place].folder / "record.json") for place in stored])
+    now = {place: one for place, one in zip(stored, drawn, strict=True) if one != executed_notebooks[place]}
+    for place, found in enumerate(shown):
+        page, others = found.page, list(_stored_variants(root, found, notebooks, records))
+        shown_page = to_page(
+            now.get(place, executed_notebooks[place]),
+            found.record,
+            page,
+            changed_parameters(found.folder),
+            others,
+            redrawn=place in now,
+        )
         nbformat.write(with_music(shown_page, found.record), executed / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "notebook.ipynb", notebooks / f"{page.stem}.ipynb")
         shutil.copyfile(found.folder / "record.json", records / f"{page.stem}.json")
-        shown.append(found)
     return shown
 
 

@@ -134,7 +134,12 @@ _ON_THE_SAME = (
 
 
 def provenance(
-    record: RunRecord, page: Page, changed: Sequence[str] = (), others: Iterable[tuple[str, str]] = ()
+    record: RunRecord,
+    page: Page,
+    changed: Sequence[str] = (),
+    others: Iterable[tuple[str, str]] = (),
+    *,
+    redrawn: bool = False,
 ) -> str:
     """A box in MyST that says where the numbers of a page come from.
 
@@ -143,6 +148,7 @@ def provenance(
         page: the page that shows it.
         changed: parameters that differ from the notebook's own values.
         others: other stored runs, as for `other_runs_text`.
+        redrawn: whether what needs only the record was drawn anew.
 
     Returns:
         MyST Markdown.
@@ -165,6 +171,11 @@ def provenance(
     if changed:
         values = ", ".join(f"`{name} = {record.parameters.get(name)!r}`" for name in changed)
         lines.append(f"Parameters that were changed for this run: {values}.")
+    if redrawn:
+        lines.append(
+            "Tables and figures that need the record alone are drawn from it by this version; the executed notebook "
+            "shows them as they were drawn then."
+        )
     again = "".join(f" -p {shlex.quote(f'{name}={record.parameters.get(name)}')}" for name in changed)
     lines += [
         "",
@@ -183,6 +194,8 @@ def to_page(
     page: Page,
     changed: Sequence[str] = (),
     others: Iterable[tuple[str, str]] = (),
+    *,
+    redrawn: bool = False,
 ) -> NotebookNode:
     """A copy of an executed notebook made ready for the book; the outputs are left as they are.
 
@@ -195,6 +208,7 @@ def to_page(
         page: where it goes.
         changed: parameters that differ from the notebook's own values.
         others: other stored runs, as for `other_runs_text`.
+        redrawn: whether what needs only the record was drawn anew, see `grass_lib.report.redraw`.
 
     Returns:
         A new notebook.
@@ -219,7 +233,9 @@ def to_page(
     if not position:
         copy.cells.insert(0, new_markdown_cell(f"# {page.title}", id="page-title"))
         position = 1
-    copy.cells.insert(position, new_markdown_cell(provenance(record, page, changed, others), id="page-provenance"))
+    copy.cells.insert(
+        position, new_markdown_cell(provenance(record, page, changed, others, redrawn=redrawn), id="page-provenance")
+    )
     return copy
 
 
