@@ -27,15 +27,27 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         store = found_part.get("store")
         if store is not None:
             worst = None if store["problems"] else store["worst_row"]
-            found.append(_goal(f"{part}: worst row against one rank's", worst, ROW, "", True))
+            found.append(_goal(f"{part}: largest relative difference of a row from one rank's", worst, ROW, "", True))
         if "score_error" in found_part:
-            found.append(_goal(f"{part}: worst score against one rank's", found_part["score_error"], SCORE, "", True))
+            found.append(
+                _goal(
+                    f"{part}: largest relative difference of scores from one rank's",
+                    found_part["score_error"],
+                    SCORE,
+                    "",
+                    True,
+                )
+            )
     for world in (1, 2):
         errors = [each["error"] for each in parts.get("curvature", {}).get(f"sums_{world}", []) if "error" in each]
         if errors:
             found.append(
                 _goal(
-                    f"sums over {world} rank{'' if world == 1 else 's'} against float64", max(errors), SCORE, "", True
+                    f"sums over {world} rank{'' if world == 1 else 's'}: largest relative difference from float64",
+                    max(errors),
+                    SCORE,
+                    "",
+                    True,
                 )
             )
     kill = parts.get("kill", {})

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grass_lib.report.claims import THROUGHPUT
 from grass_lib.report.pairs import PAIRS
 from grass_lib.report.published import published_claims, published_rows, published_source
 from grass_lib.report.style import experiment_title, method_label, method_of, reference_method, stage_text
@@ -35,7 +36,10 @@ def _common(row: LedgerRow) -> dict[str, Any]:
         return {"Pair": experiment_title(row["experiment"]), "Method": "FactGraSS", "Compression": "", "k": ""}
     return {
         "Pair": experiment_title(row["experiment"]),
-        "Method": method_label(row["sparsification"], row["projection"]),
+        # Published under this name, made with a dense matrix: runs have a fast transform of that name as well.
+        "Method": "FJLT (a dense Rademacher matrix)"
+        if row["projection"].startswith("fjlt")
+        else method_label(row["sparsification"], row["projection"]),
         "Compression": html.escape(stage_text(row["sparsification"], row["projection"])).replace(
             "-&gt;", " &rarr;<br>"
         ),
@@ -127,6 +131,7 @@ def seconds_ledger(rows: Iterable[LedgerRow]) -> pd.DataFrame:
                 "Measured (s)": row.get("measured"),
                 "Ratio, measured": measured.get(key),
                 "Verdict": _verdict_badge(row["verdict"]),
+                "Reason": _reason(row),
             }
         )
     frame = pd.DataFrame(records, dtype=object).fillna("")
@@ -165,11 +170,21 @@ def substitutions(rows: Sequence[LedgerRow]) -> dict[str, str]:
         "published_source": published_source(),
         "throughput_claim": published_claims()[0]["claim"],
         "throughput_protocol": published_claims()[0]["protocol"],
+        "throughput_outcome": _claim_outcome(rows, published_claims()[0]["experiment"]),
         "published_dense_over_sjlt": f"{seconds['normal'] / seconds['sjlt']:.0f}",
         "mlp_parameters": f"{PAIRS[0].parameters:,}",
         "n_measured": str(sum(row.get("measured") is not None for row in lds)),
     }
     return values | {f"n_{name.replace(' ', '_')}": str(counts[name]) for name in VERDICTS}
+
+
+def _claim_outcome(rows: Sequence[LedgerRow], pair: str) -> str:
+    """A claim on throughput and what came out of it."""
+    claim = next((row for row in rows if row["experiment"] == pair and row["metric"] == THROUGHPUT), None)
+    if claim is None:
+        return "not in the ledger"
+    here = "not measured" if claim["measured"] is None else f"{claim['measured']:.0f} % here, {claim['verdict']}"
+    return f"up to {claim['published']:.0f} % faster than LoGra; {here}"
 
 
 def verdict_table(rows: Sequence[LedgerRow]) -> str:
@@ -185,7 +200,7 @@ def verdict_table(rows: Sequence[LedgerRow]) -> str:
     for pair in PAIRS:
         counts = Counter(row["verdict"] for row in rows if row["experiment"] == pair.name and row["metric"] == "lds")
         cells = [str(counts[name]) for name in VERDICTS] if counts else [""] * len(VERDICTS)
-        total = str(sum(counts.values())) if counts else "none; one claim"
+        total = str(sum(counts.values())) if counts else f"none; a claim: {_claim_outcome(rows, pair.name)}"
         lines.append(f"| {experiment_title(pair.name)} | {total} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -211,7 +226,7 @@ def pair_sections(rows: Sequence[LedgerRow], shown: Mapping[str, Sequence[str]])
                 which = "all" if apart == measured else _words(apart)
                 published += f", {which} on other data or weights than the paper's"
         else:
-            published = "one published claim, on throughput"
+            published = f"one published claim, on throughput: {_claim_outcome(rows, pair.name)} ({{doc}}`systems`)"
         links = ", ".join(f"{{doc}}`{doc}`" for doc in shown.get(pair.name, ()))
         status = f"Pages: {links}." if links else "No page yet: its published values are in the ledger as *not run*."
         if not links and not total:
@@ -221,7 +236,7 @@ def pair_sections(rows: Sequence[LedgerRow], shown: Mapping[str, Sequence[str]])
             "",
             f"Model\n: {pair.model}, {pair.parameters:,} parameters",
             "",
-            f"Data\n: {pair.data}",
+            f"Data\n: {pair.data} {{cite:p}}`{pair.cited}`",
             "",
             f"Attribution\n: {pair.attribution}",
             "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def cost_table(fits: Iterable[Row]) -> pd.DataFrame:
         {
             "Chosen by": _label(way),
             "k": k,
-            "Seconds, median": sorted(values)[len(values) // 2],
+            "Seconds, median": statistics.median(values),
             "Lowest to highest": f"{seconds_text(min(values))} to {seconds_text(max(values))}",
             "Masks": len(values),
         }

@@ -27,6 +27,7 @@ DATA_KINDS = {
     "embedded": "the small data set that comes with an installed package",
 }
 _TITLE = re.compile(r"^#\s+(.+?)\s*$", re.MULTILINE)
+_SECTION = re.compile(r"^##+\s+(.+?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def provenance(
         ":::{admonition} Where these numbers come from",
         ":class: note provenance",
         f"Run `{record.run_id}`, finished {str(record.finished)[:16].replace('T', ' ')} on {name}, "
-        f"{duration(seconds)} in the measured phases; "
+        f"{duration(seconds)} in the phases of its last attempt, which takes networks, masks and stores that are there "
+        "already; "
         f"Python {versions.get('python', '?')}, PyTorch {versions.get('torch', '?')}.",
         f"Data: {kind} ({html.escape(str(data.get('source', 'unnamed source')), quote=False)}{rows}).",
     ]
@@ -218,7 +220,7 @@ def to_page(
 
     copy: Any = nbformat.from_dict(notebook)
     copy.metadata.pop("papermill", None)
-    position = 0
+    position, section = 0, page.title
     for index, cell in enumerate(copy.cells):
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
@@ -227,9 +229,12 @@ def to_page(
             if not tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"}:
                 tags.add("hide-input")
             cell.metadata["tags"] = sorted(tags)
+            cell.metadata["mystnb"] = {"image": {"alt": f"Figure of the section {section}"}}
         elif cell.cell_type == "markdown" and not position and _TITLE.search(cell.source):
             cell.source = _TITLE.sub(f"# {page.title}", cell.source, count=1)
             position = index + 1
+        if cell.cell_type == "markdown" and (heading := _SECTION.search(cell.source)):
+            section = heading[1].rstrip("?.")
     if not position:
         copy.cells.insert(0, new_markdown_cell(f"# {page.title}", id="page-title"))
         position = 1
@@ -237,6 +242,12 @@ def to_page(
         position, new_markdown_cell(provenance(record, page, changed, others, redrawn=redrawn), id="page-provenance")
     )
     return copy
+
+
+_MEASURED_ELSEWHERE = {
+    "llama3_openwebtext": "What can be measured with random weights has been: {doc}`../throughput`, {doc}`../scaling`, "
+    "and the paper's claim beside another system on {doc}`../systems`."
+}
 
 
 def stub(page: Page, refused: Sequence[str] = ()) -> str:
@@ -260,6 +271,8 @@ def stub(page: Page, refused: Sequence[str] = ()) -> str:
             "The paper's scale uses the paper's data and sizes and wants a GPU. "
             "`grass doctor` says whether it would work on this machine and what is missing."
         )
+        if page.experiment in _MEASURED_ELSEWHERE:
+            lines += ["", _MEASURED_ELSEWHERE[page.experiment]]
     if refused:
         lines += ["", "Runs that were found and refused:", "", *[f"- {reason}" for reason in refused]]
     return "\n".join(lines) + "\n"

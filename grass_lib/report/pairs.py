@@ -15,6 +15,7 @@ class Pair:
         parameters: number of trainable parameters.
         data: training and query data at paper scale.
         attribution: attributor and number of models behind the scores.
+        cited: keys of the bibliography for model and data.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Pair:
     parameters: int
     data: str
     attribution: str
+    cited: str
 
 
 PAIRS: tuple[Pair, ...] = (
@@ -31,13 +33,15 @@ PAIRS: tuple[Pair, ...] = (
         109_386,
         "first 5,000 training and 500 test digits of MNIST",
         "TRAK over 10 models",
+        "mnist",
     ),
     Pair(
         "resnet9_cifar2",
-        "residual network with nine convolution layers",
+        "residual network of a stem and three blocks, ten convolutions",
         4_825_154,
         "5,000 training and 500 test photographs of cats and dogs from CIFAR-10",
         "TRAK over 10 models",
+        "cifar",
     ),
     Pair(
         "musictransformer_maestro",
@@ -45,6 +49,7 @@ PAIRS: tuple[Pair, ...] = (
         13_115_782,
         "5,000 windows of 256 events from the training split of MAESTRO v2, 178 windows of its test split as queries",
         "TRAK over 5 models",
+        "musictransformer,maestro",
     ),
     Pair(
         "gpt2_wikitext",
@@ -52,6 +57,7 @@ PAIRS: tuple[Pair, ...] = (
         124_439_808,
         "4,656 training and 481 validation blocks of 512 tokens from WikiText-2",
         "influence functions with the empirical Fisher matrix, factored compression of every linear layer but the last",
+        "gpt2,wikitext",
     ),
     Pair(
         "llama3_openwebtext",
@@ -59,5 +65,6 @@ PAIRS: tuple[Pair, ...] = (
         8_030_261_248,
         "up to a billion tokens of OpenWebText in blocks of 1,024, twelve prompts as queries",
         "influence functions with the empirical Fisher matrix; throughput, no LDS",
+        "llama3,openwebtext",
     ),
 )

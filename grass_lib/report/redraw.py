@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import builtins
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -40,29 +41,50 @@ _PARAMETERS = {"parameters", "injected-parameters"}
 _SECONDS = 120  # for one cell
 
 
-def names_of(record: Path) -> dict[str, Any]:
-    """What cells may use of a run: ``run.results``, the parameters, the notes, and ``by_hand``, False in a book.
+def names_of(record: Path, noted: Mapping[str, str]) -> dict[str, Any]:
+    """What cells may use of a run: ``run.results``, the parameters, what was noted, and ``by_hand``, False in a book.
 
     Args:
         record: Path of the run's record.
+        noted: Which note holds which variable, or attribute of a variable: ``{"gains": "gains", "found.checks":
+            "checks"}``.
 
     Returns:
         Values by name.
     """
     found = load_record(record)
+    names: dict[str, Any] = {}
+    for expression, note in noted.items():
+        name, _, attribute = expression.partition(".")
+        if attribute:
+            setattr(names.setdefault(name, SimpleNamespace()), attribute, found.extra[note])
+        else:
+            names[name] = found.extra[note]
     run = SimpleNamespace(results=list(found.results))
-    return {**found.extra, **found.parameters, "scale": found.scale, "by_hand": False, "run": run}
+    return {**names, **found.parameters, "scale": found.scale, "by_hand": False, "run": run}
 
 
-def from_record(cells: Sequence[Any], record: Path) -> tuple[str, list[int]]:
-    """Which cells of an executed notebook need nothing but the record.
+@dataclass(frozen=True)
+class Shown:
+    """Cells of an executed notebook that need nothing but the record.
+
+    Attributes:
+        places: Of the cells.
+        imports: The notebook's imports of functions that show things, as code.
+        noted: As for `names_of`.
+    """
+
+    places: list[int]
+    imports: str
+    noted: dict[str, str]
+
+
+def from_record(cells: Sequence[Any], record: Path) -> Shown:
+    """Finds the cells that show what is in the record.
 
     Args:
         cells: Of the notebook.
         record: Path of the run's record.
-
-    Returns:
-        The notebook's imports of functions that show things, as code, and the places of the cells.
     """
     trees = {place: _parsed(cell.source) for place, cell in enumerate(cells) if cell.cell_type == "code"}
     imports = [
@@ -73,23 +95,26 @@ def from_record(cells: Sequence[Any], record: Path) -> tuple[str, list[int]]:
         and f"{node.module}.".startswith(_SHOWING)
         and not any(alias.name == "Run" for alias in node.names)
     ]
-    # A note stands for a variable only where the notebook noted the variable of that name.
-    noted = {name for tree in trees.values() for name in _noted(tree)}
-    given = set(names_of(record)) - (set(load_record(record).extra) - noted)
+    notes = load_record(record).extra
+    noted = {
+        expression: note
+        for tree in trees.values()
+        for expression, note in _noted(tree).items()
+        if note in notes and expression.partition(".")[0] != "run"
+    }
+    given = set(names_of(record, noted))
     known = given | {alias.asname or alias.name for node in imports for alias in node.names}
     places: list[int] = []
     for place, tree in trees.items():
-        assigned = {
-            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
         if _PARAMETERS & set(cells[place].metadata.get("tags", [])):
             continue  # the record has their values
-        if tree.body and _only_shows(tree, known | assigned | _BUILTINS):
+        assigned = {node.id for node in _names(tree) if isinstance(node.ctx, ast.Store)}
+        if tree.body and _only_shows(tree, known | assigned | _BUILTINS, {"run.results", *noted}):
             places.append(place)
             known |= assigned
         else:
             known -= assigned - given  # these have other values from here on
-    return "\n".join(ast.unparse(node) for node in imports), places
+    return Shown(places, "\n".join(ast.unparse(node) for node in imports), noted)
 
 
 def redraw(runs: Sequence[tuple[NotebookNode, Path]]) -> list[NotebookNode]:
@@ -112,13 +137,13 @@ def redraw(runs: Sequence[tuple[NotebookNode, Path]]) -> list[NotebookNode]:
     work: list[Any] = []
     drawn: list[tuple[Any, Any]] = []
     for copy, (_, record) in zip(copies, runs, strict=True):
-        imports, places = from_record(copy.cells, record)
-        if not any(copy.cells[place].outputs for place in places):
+        shown = from_record(copy.cells, record)
+        if not any(copy.cells[place].outputs for place in shown.places):
             continue
-        names = f"globals().update(names_of(Path({str(record)!r})))"
+        names = f"globals().update(names_of(Path({str(record)!r}), {shown.noted!r}))"
         libraries = "from pathlib import Path\nfrom grass_lib.report.redraw import names_of"
-        work.append(new_code_cell(f"{libraries}\n{names}\n{imports}"))
-        for place in places:
+        work.append(new_code_cell(f"{libraries}\n{names}\n{shown.imports}"))
+        for place in shown.places:
             work.append(new_code_cell(copy.cells[place].source))
             if copy.cells[place].outputs:
                 drawn.append((copy.cells[place], work[-1]))
@@ -152,32 +177,33 @@ def _parsed(source: str) -> ast.Module:
         return ast.Module(body=[], type_ignores=[])
 
 
-def _noted(tree: ast.Module) -> list[str]:
-    """Variables that were noted under their own names: ``run.note("loss", loss)``."""
-    return [
-        node.args[1].id
+def _noted(tree: ast.Module) -> dict[str, str]:
+    """Notes of variables and of their attributes: ``run.note("loss", loss)``, ``run.note("facts", found.facts)``."""
+    return {
+        ast.unparse(node.args[1]): node.args[0].value
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "note"
         and len(node.args) == 2
-        and isinstance(node.args[1], ast.Name)
         and isinstance(node.args[0], ast.Constant)
-        and node.args[0].value == node.args[1].id
-    ]
+        and (isinstance(node.args[1], ast.Name) or _is_attribute(node.args[1]))
+    }
 
 
-def _only_shows(tree: ast.Module, known: set[str] | frozenset[str]) -> bool:
-    """Whether a cell uses these names alone, and of the run nothing but its results."""
-    results = [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr == "results"
-    ]
+def _is_attribute(node: ast.AST) -> bool:
+    """Whether it is an attribute of a variable."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+
+
+def _only_shows(tree: ast.Module, known: set[str] | frozenset[str], attributes: set[str]) -> bool:
+    """Whether a cell uses these names alone, and of objects that stand for others nothing but these attributes."""
+    stand_ins = {expression.partition(".")[0] for expression in attributes if "." in expression}
+    allowed = {id(node.value) for node in ast.walk(tree) if _is_attribute(node) and ast.unparse(node) in attributes}
     return (
         not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
         and all(node.id in known for node in _names(tree) if isinstance(node.ctx, ast.Load))
-        and all(node in results for node in _names(tree) if node.id == "run")
+        and all(id(node) in allowed for node in _names(tree) if node.id in stand_ins)
     )
 
 

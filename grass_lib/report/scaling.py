@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grass_lib.bench.scaling_goals import goals
 from grass_lib.report.results import read_result
 from grass_lib.report.scaling_plan import plan_table
 
@@ -25,7 +26,8 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         RecordError: It is missing or has no parts.
     """
-    return read_result(folder / RESULT, "parts", "grass bench scaling --json PATH")
+    result = read_result(folder / RESULT, "parts", "grass bench scaling --json PATH")
+    return {**result, "goals": goals(result)}  # judged then too; the words are today's
 
 
 def device_sentence(result: Result) -> str:

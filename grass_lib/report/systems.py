@@ -25,6 +25,7 @@ _SYSTEM_COLOURS = {
     "bergson": "#D98C00",
     "kronfluence": "#9A3FA0",
 }
+_LOWER = ("sjlt", "dattri", "bergson", "kronfluence")
 
 
 def described(options: Options) -> tuple[str, str]:
@@ -94,13 +95,13 @@ def checks_text(found: Iterable[Mapping[str, Any]]) -> str:
 
 
 def facts_text(found: Iterable[Mapping[str, Any]]) -> str:
-    """What systems did when they were used as documented, seen in this run: a Markdown list.
+    """What systems did other than expected when they were used as documented, seen in this run: a Markdown list.
 
     Args:
         found: ``{system, what, expected, seen, why}`` each.
     """
     lines = []
-    for each in found:
+    for each in (each for each in found if each["seen"] != each["expected"]):
         what, expected, seen, why = (in_markdown(each[name]) for name in ("what", "expected", "seen", "why"))
         lines.append(
             f"- **{each['system']}**, {what}. One would expect: {expected}. Seen: **{seen}**. {_sentence(why)}"
@@ -117,7 +118,10 @@ def in_markdown(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    """With a full stop; what begins with the name of code keeps its case."""
+    first = text.split(" ")[0]
+    code = "." in first or "_" in first or first in _LOWER
+    return f"{text if code else text[:1].upper() + text[1:]}." if text else ""
 
 
 def cost_table(rows: Iterable[Row]) -> pd.DataFrame:

@@ -77,7 +77,7 @@ def test_split_table_has_every_phase_their_sum_and_the_throughput() -> None:
     assert "Compression" not in table
     first = table[(table["Method"] == "LoGra (normal)") & (table["k per layer"] == 1024)].iloc[0]
     phases = ["Forward / backward (s)", "Compression (s)", "Writing (s)", "Curvature (s)", "Scoring (s)"]
-    assert list(table.columns[2:]) == [*phases, "Sum (s)", "Tokens/s"]
+    assert list(table.columns[2:]) == [*phases, "Sum (s)", "Tokens/s, caching"]
     assert [first[name] for name in phases] == [20.0, 8.0, 1.0, 3.0, 3.0]
     assert first["Sum (s)"] == 35.0
     assert "86,000" in table_html(table, "dt-split")
@@ -108,7 +108,9 @@ def test_split_figure_stacks_the_phases() -> None:
     assert np.array_equal(widths.T, [[row["seconds"][name] for name in PHASES] for row in ordered])
     lefts = np.array([[bar.get_x() for bar in container] for container in axes.containers])
     assert np.allclose(lefts[1:], np.cumsum(widths, axis=0)[:-1])
-    assert [text.get_text() for text in axes.texts] == [f"{row['tokens_per_second']:,.0f} tokens/s" for row in ordered]
+    assert [text.get_text() for text in axes.texts] == [
+        f"caching {row['tokens_per_second']:,.0f} tokens/s" for row in ordered
+    ]
     assert axes.get_yticklabels()[0].get_text() == "random mask, 256"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [style.label for style in PHASES.values()]
 

@@ -25,11 +25,15 @@ CELLS = {
         "run = Run.begin(experiment='mlp_mnist', scale=scale, parameters={})\ngains = [1, 2]",
     ),
     "text": new_markdown_cell("## A section"),
-    "notes": cell("run.note('gains', gains)\nrun.note('accuracy', {'mean': gains[0]})\naccuracy = 3"),
+    "notes": cell(
+        "run.note('gains', gains)\nrun.note('accuracy', {'mean': gains[0]})\naccuracy = 3\nrun.note('what', bank.facts)"
+    ),
     "table": cell("tables.lds_table(run.results)\nprint(len(run.results), seed, by_hand)"),
     "assigned": cell("longest = max(len(row['spec']) for row in run.results)", shown=False),
     "uses it": cell("print(longest)"),
     "noted": cell("gains"),
+    "noted attribute": cell("print(bank.facts)"),
+    "another attribute": cell("print(bank.name)"),
     "noted otherwise": cell("print(accuracy)"),
     "the bank": cell("print(bank)"),
     "the run": cell("print(run.run_id)"),
@@ -44,7 +48,9 @@ CELLS = {
 def stored(tmp_path):
     """An executed notebook and the path of its record."""
     rows = toy_rows(ks=(256,))[:1]
-    record = toy_record(parameters={"seed": 4}, results=rows, extra={"gains": [0.5, 0.25], "accuracy": {"mean": 1}})
+    record = toy_record(
+        parameters={"seed": 4}, results=rows, extra={"gains": [0.5, 0.25], "accuracy": {"mean": 1}, "what": "seen"}
+    )
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record.to_json()))
     return new_notebook(cells=list(nbformat.from_dict(list(CELLS.values())))), path
@@ -52,12 +58,11 @@ def stored(tmp_path):
 
 def test_cells_that_need_only_the_record(stored):
     notebook, record = stored
-    imports, places = from_record(notebook.cells, record)
-    names = list(CELLS)
-    assert [names[place] for place in places] == ["table", "assigned", "uses it", "noted", "fails"]
-    assert "tables" in imports
-    assert "Run" not in imports
-    assert "experiments" not in imports
+    found, names = from_record(notebook.cells, record), list(CELLS)
+    wanted = ["table", "assigned", "uses it", "noted", "noted attribute", "fails"]
+    assert [names[place] for place in found.places] == wanted
+    assert found.noted == {"gains": "gains", "bank.facts": "what"}
+    assert found.imports == "from grass_lib.report import tables"
 
 
 def test_they_show_what_this_version_draws(stored):
@@ -69,7 +74,8 @@ def test_they_show_what_this_version_draws(stored):
     assert by_name["uses it"].outputs[0].text == "15\n"
     assert by_name["noted"].outputs[0].data["text/plain"] == "[0.5, 0.25]"
     assert by_name["noted"].outputs[0].execution_count == 7
+    assert by_name["noted attribute"].outputs[0].text == "seen\n"
     changed = {name for name, one in by_name.items() if one.get("outputs") and one.outputs[0].get("text") != OLD}
-    assert changed == {"table", "uses it", "noted"}  # the one that fails has its own output
+    assert changed == {"table", "uses it", "noted", "noted attribute"}  # the one that fails has its own output
     assert untouched == plain
     assert notebook.cells[4].outputs[0].text == OLD
