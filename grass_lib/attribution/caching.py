@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from grass_lib.attribution.curvature import Curvature, RowBlock
@@ -203,18 +202,6 @@ def check_finite(rows: Mapping[str, Tensor], first: int, what: str = "training s
         if part.dtype == torch.float16:
             remedy += "; float16 ends at 65504, so bfloat16 or float32 may be what is needed"
         raise GrassError(f"gradients of layer {name} are not finite in {part.dtype} at {what} {shown}{more}; {remedy}")
-
-
-def check_order(loader: Iterable[Batch]) -> None:
-    """Refuses loaders whose order changes or that leave samples out: row i belongs to sample i of the data set.
-
-    Raises:
-        UsageError: The loader shuffles or drops its last batch.
-    """
-    if isinstance(getattr(loader, "sampler", None), RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-        raise UsageError("the loader shuffles, and a store's rows have a fixed order; use shuffle=False")
-    if getattr(loader, "drop_last", False):
-        raise UsageError("the loader drops the last short batch, and every sample needs a row; use drop_last=False")
 
 
 def sample_bytes(layers: Mapping[str, int], dtype: torch.dtype) -> int:

@@ -6,12 +6,12 @@ from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
 from grass_lib.attribution.routes import GradientChoice, GradientRoute
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.full import PerSampleGradients
+from grass_lib.gradients.order import WatchedLoader, check_order
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import Checkpoint, ParameterFilter, check_fit, checkpoint_shapes, load_checkpoint
 from grass_lib.gradients.stream import PassTimings, clock, progress_bar, project_loader, sample_count
@@ -202,20 +202,28 @@ class FeatureAttributor:
         self, loader: Iterable[Batch], bar: tqdm, timings: PassTimings, place: torch.device
     ) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
         """Yields ``(checkpoint, {spec: features (n, k)}, values (n,))`` for each checkpoint."""
-        _check_order(loader)
-        first: int | None = None
+        check_order(loader)
+        first, watched = None, WatchedLoader(loader)
         for index, checkpoint in enumerate(self._checkpoints):
             rows, projectors = self._route.prepared(self._build_projectors(index, timings))
-            features, values = project_loader(
-                rows,
-                load_checkpoint(checkpoint),
-                loader,
-                projectors,
-                buffer_bytes=self._buffer_bytes,
-                store_device=place,
-                progress=bar,
-                timings=timings,
-            )
+            try:
+                features, values = project_loader(
+                    rows,
+                    load_checkpoint(checkpoint),
+                    watched,
+                    projectors,
+                    buffer_bytes=self._buffer_bytes,
+                    store_device=place,
+                    progress=bar,
+                    timings=timings,
+                )
+            except UsageError as error:
+                if first is None or watched.yielded:
+                    raise
+                raise UsageError(
+                    f"The loader yielded nothing on its walk for checkpoint {index}, and {first} samples on the one "
+                    "before; expected what can be walked over again (a DataLoader or a list, not a generator)."
+                ) from error
             first = len(values) if first is None else first
             if len(values) != first:
                 raise UsageError(
@@ -309,11 +317,3 @@ def _check_checkpoints(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> t
             )
         check_fit(model, checkpoint_shapes(checkpoint), f"Checkpoint {index}")
     return tuple(checkpoints)
-
-
-def _check_order(loader: Iterable[Batch]) -> None:
-    """Rows of two checkpoints must belong to the same samples, and row i to sample i of the data set."""
-    if isinstance(getattr(loader, "sampler", None), RandomSampler):
-        raise UsageError("The loader shuffles; attribution needs the same order on every walk. Use shuffle=False.")
-    if getattr(loader, "drop_last", False):
-        raise UsageError("The loader drops the last short batch; every sample needs a score. Use drop_last=False.")

@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch
 
-from grass_lib.attribution.caching import ShardCache, check_order
+from grass_lib.attribution.caching import ShardCache
 from grass_lib.attribution.curvature import Curvature, reduce_curvature
 from grass_lib.attribution.origin import KeptStore
 from grass_lib.attribution.preconditioner import LayerBasis, primal_layers
@@ -18,6 +18,7 @@ from grass_lib.deterministic import deterministic_kernels, is_deterministic
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
+from grass_lib.gradients.order import check_order, first_sample_sha256
 from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.stream import progress_bar, sample_count
 from grass_lib.ranks import Ranks, is_sharded
@@ -90,7 +91,7 @@ class StoreFiller:
                 raise UsageError("the loader yielded no batches; expected training data")
             size = batch_size(batch_to(first, self._gradients.device))
             start = time.perf_counter()
-            store = self._kept.make(expected, size)
+            store = self._kept.make(expected, size, first_sample_sha256(first))
             opening = time.perf_counter() - start
             missing = store.missing(worker, n_workers)
         self._timings.update(dict.fromkeys(self._timings, 0.0), opening=opening)

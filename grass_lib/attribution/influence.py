@@ -89,7 +89,8 @@ class InfluenceFunction:
             model: The trained model, on the device where everything is computed; it is left as it is found. Its weights
                 may be sharded over ``ranks`` (``torch.distributed.fsdp.fully_shard``), without ``compile``;
                 a rank that fails in the middle of a pass then leaves the others waiting until the group's timeout.
-            loss: ``loss(model, batch) -> (batch,)``, lower is better.
+            loss: ``loss(model, batch) -> (batch,)``, lower is better. A store knows it by its name and by the arguments
+                that ``functools.partial`` fixed; what else decides it belongs in ``fingerprint``.
             layers: As in ``find_layers``.
             include_head: As in ``find_layers``.
             sparsification: Stage 1: factored, ``TYPE-DIM*DIM``, or identity.
@@ -114,7 +115,8 @@ class InfluenceFunction:
                 in one type. On an MLP with 2,000 digits and 256 or 512 features per layer, the largest error over the
                 largest score, against ``"float64"``, is at most 7e-6, 3e-4 and 3e-3 at a damping of 1e-2, 1e-4 and
                 1e-7; that of ``"float32"`` is 3e-4, 5e-2 and more than 2.
-            fingerprint: What else decides the rows, above all the data's hash; JSON values.
+            fingerprint: What else decides the rows, above all the data's hash; JSON values. Without it a store tells
+                training sets apart by their first samples.
             source: What rebuilds the store.
             ranks: ``Ranks.joined()`` where several processes with the same arguments share the work and a store's
                 folder. Each caches the shards that leave its number, owns every world-th layer's curvature and scores
@@ -202,6 +204,8 @@ class InfluenceFunction:
         self, loader: Iterable[Batch], *, n_samples: int | None = None, worker: int = 0, n_workers: int = 1
     ) -> None:
         """Computes the gradients of the training set, or the shards of them that are missing.
+
+        In memory, another training set (by its first sample) takes the place of the one before; a folder refuses it.
 
         Args:
             loader: Yields batches of one size (the last may be smaller) in a fixed order; it is walked once.

@@ -13,11 +13,12 @@ import torch
 from grass_lib import __version__
 from grass_lib.attribution.caching import default_shard_size, sample_bytes
 from grass_lib.attribution.model_hash import model_sha256
-from grass_lib.errors import UsageError
+from grass_lib.errors import StoreError, UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
 from grass_lib.projection import Mask
+from grass_lib.ranks import is_sharded
 from grass_lib.store import GradientStore, MemoryStore, Store
 from grass_lib.store.base import shard_list
 from grass_lib.store.formats import parse_dtype
@@ -27,6 +28,8 @@ from grass_lib.store.store import MANIFEST
 # Packages whose operators differ from this library's; its own give the same numbers everywhere.
 _PACKAGES = ("sjlt", "fast_jl")
 _LAST_BITS = ("deterministic", "compiled")
+_FIRST = "first_sample"
+_ALWAYS_HASHED = 2**26  # bytes of a model whose hash takes no time
 
 
 class KeptStore:
@@ -86,20 +89,30 @@ class KeptStore:
             raise UsageError(f"fingerprint has {', '.join(clash)}, which the store notes by itself; choose other names")
         self._entries = {**own, **(given or {})}
         self._store: GradientStore | MemoryStore | None = None
+        self._first_sample = ""
         self._seen_model: tuple[tuple[tuple[int, int], ...], str] = ((), "")
 
-    def make(self, n_samples: int | None, batch: int) -> Store:
-        """The store that is there, or a new one.
+    def make(self, n_samples: int | None, batch: int, first_sample: str) -> Store:
+        """The store that is there, or a new one; in memory also where the data are others.
 
         Args:
             n_samples: Number of samples; None where only the store that is there can know it.
             batch: Size of the first batch.
+            first_sample: Its hash, which tells training sets apart.
 
         Raises:
             UsageError: The number of samples is not known, or shards and batches do not fit.
             StoreError: The folder holds a store of something else.
         """
         there = self._found()
+        if there is not None and (there.manifest.provenance or {}).get(_FIRST, first_sample) != first_sample:
+            if isinstance(there, GradientStore):
+                raise StoreError(
+                    f"{there.path} holds gradients of other training data: its first sample is not the loader's; give "
+                    "another folder, or the data that it was cached from (without random augmentation)"
+                )
+            there = self._store = None
+        self._first_sample = first_sample
         n_samples = there.n_samples if n_samples is None and there else n_samples
         if n_samples is None:
             raise UsageError("the loader does not say how many samples it has; give n_samples=")
@@ -162,6 +175,7 @@ class KeptStore:
                 "grass_lib": __version__,
                 "torch": torch.__version__,
                 "device": _device_name(self._gradients),
+                **({_FIRST: self._first_sample} if self._first_sample else {}),
             },
         }
         if isinstance(there, GradientStore) and (parent := there.manifest.parent()) is not None:
@@ -183,10 +197,13 @@ class KeptStore:
         return there
 
     def _model_sha256(self) -> str:
-        """Hashed again only where a weight was replaced or written to."""
+        """Of a large model hashed again only where a weight was replaced, or written to (not through ``.data``)."""
         model = self._gradients.model
-        versions = tuple((id(value), value._version) for value in [*model.parameters(), *model.buffers()])
-        if self._seen_model[0] != versions:
+        values = [*model.parameters(), *model.buffers()]
+        versions = tuple((id(value), value._version) for value in values)
+        # The hash of a sharded model is work that all ranks do together, and one of them may ask alone.
+        small = not is_sharded(model) and sum(value.nbytes for value in values) <= _ALWAYS_HASHED
+        if small or self._seen_model[0] != versions:
             self._seen_model = versions, model_sha256(model)
         return self._seen_model[1]
 

@@ -18,6 +18,7 @@ from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.head import takes_head
+from grass_lib.gradients.order import check_order
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import clock, progress_bar, sample_count
 from grass_lib.precision import exact_products
@@ -89,9 +90,10 @@ class Scorer:
             The number of queries in a portion, and ``{layer: (len(grid) * queries, k_l)}``.
 
         Raises:
-            UsageError: The loader is empty.
+            UsageError: The loader is empty or shuffles.
             GrassError: A gradient is not finite.
         """
+        check_order(loader)
         self._start(bases, grid)
         rows = queries_at_once(store, len(grid), self._dtype, self.device)
         with progress_bar(sample_count(loader), "queries", self._progress) as bar:

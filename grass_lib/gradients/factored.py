@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.fp8 import check_fp8
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.graph import RecordedStep, shapes_of
-from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers, output_layer
+from grass_lib.gradients.layers import LayerChoice, LayerShape, doubts, few, find_layers, output_layer
 from grass_lib.gradients.maps import LayerMaps, LayerMasks, LayerMatrices
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch, Output
@@ -22,6 +23,8 @@ from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
 from grass_lib.projection import Projector
 from grass_lib.specs import CompressionSpec
+
+logger = logging.getLogger(__name__)
 
 
 class FactoredGradients:
@@ -114,6 +117,8 @@ class FactoredGradients:
         self.model, self.loss, self.dtype = model, loss, dtype
         self.device = _device_of(model, device)
         shapes = find_layers(model, layers, include_head=include_head)
+        for doubt in doubts(model, shapes, layers):
+            logger.warning("%s", doubt)
         head = output_layer(model)
         self.include_head = head is not None and head in shapes
         if fp8 and (compile is True or graph):
@@ -161,6 +166,7 @@ class FactoredGradients:
         self._compiled_size: int | None = None
         self._samples = self._first_samples = 0
         self._first: dict[str, float] = {}
+        self._noted = False
 
     @property
     def compiled_size(self) -> int | None:
@@ -263,6 +269,7 @@ class FactoredGradients:
         with self._pass.attached(short=True):
             with measured(self._total_meter):
                 captured = self._pass(output or self.loss, samples, n, compiled=regular)
+            self._note_unused(captured)
             with measured(self._stage2_meter):
                 rows = self._scaled({name: self._finish(name, captured, n) for name in self.sizes})
         self._count(n)
@@ -308,6 +315,7 @@ class FactoredGradients:
 
     def _joined(self, captured: Captured, n: int) -> dict[str, Tensor]:
         """Contraction and stage 2 of all layers, many at once where the kernel can."""
+        self._note_unused(captured)
         found = captured.gradients
         sides = {name: (left, captured.inputs[name]) for name in captured.inputs if (left := found[name]) is not None}
         done = self._together(sides) if self.dtype == torch.float32 else {}
@@ -317,6 +325,19 @@ class FactoredGradients:
             {name: self._finish(name, captured, n, products.get(name)) for name in self.sizes if name not in done}
         )
         return {name: done[name] if name in done else others[name] for name in self.sizes}
+
+    def _note_unused(self, captured: Captured) -> None:
+        """Says once which layers the first pass did not call."""
+        if self._noted:
+            return
+        self._noted = True
+        unused = [name for name, found in captured.gradients.items() if found is None]
+        if unused:
+            logger.warning(
+                "layers that the pass did not call get rows of zeros: %s. A weight that is used while its layer is not "
+                "called (as in torch.nn.MultiheadAttention) cannot be captured; leave such layers out of layers=",
+                few(unused),
+            )
 
     def _finish(self, name: str, captured: Captured, n: int, product: Tensor | None = None) -> Tensor:
         """What is left of the contraction, unless its product is given, and stage 2, of one layer."""

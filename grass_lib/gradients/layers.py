@@ -47,7 +47,7 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
             of these, or ``layers(name, module) -> bool``. A pattern or function that meets a container takes nothing
             from it.
         include_head: Whether kinds take the output layer (`output_layer`) too; patterns and functions decide
-            themselves.
+            themselves. Of a weight that two layers share, each has the gradient that flows through itself.
 
     Raises:
         UsageError: Nothing is chosen, or a layer with weights is chosen that is not supported; it is named.
@@ -82,6 +82,43 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
             f"{_WORDS}, a pattern of module names, a list of these or a function"
         )
     return found
+
+
+def doubts(model: nn.Module, found: Iterable[str], layers: LayerChoice) -> list[str]:
+    """What a user may not expect of a choice of layers, a sentence each.
+
+    Args:
+        model: The model.
+        found: Names of the chosen layers.
+        layers: The choice.
+    """
+    modules, chosen = dict(model.named_modules()), set(found)
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for value in module.parameters(recurse=False):
+            owners.setdefault(id(value), []).append(name)
+    shared = [names for names in owners.values() if len(names) > 1 and chosen & set(names)]
+    said = [
+        f"{' and '.join(names)} share a weight; the rows of a layer hold what flows through that layer alone, not the "
+        "gradient of the whole weight"
+        for names in shared
+    ]
+    if layers == "all":
+        own = {id(value) for name in chosen for value in modules[name].parameters(recurse=False)}
+        head = output_layer(model)
+        left = [
+            name
+            for name, value in model.named_parameters()
+            if id(value) not in own and value.requires_grad and name.rpartition(".")[0] != head
+        ]
+        if left:
+            said.append(f"layers='all' leaves out weights of other kinds: {few(left)}")
+    return said
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Names with commas between them, not too many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def output_layer(model: nn.Module) -> str | None:

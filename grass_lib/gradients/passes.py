@@ -16,6 +16,7 @@ from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
+from grass_lib.gradients.layers import few
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
@@ -158,8 +159,13 @@ class CapturePass:
                         f"loss returned {seen} for {n} samples; expected one value per sample, shape ({n},). Do not "
                         "average over the batch."
                     )
-                unused: list[Tensor | None] = [None] * len(probes)
-                found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
+                if not values.requires_grad:
+                    raise UsageError(
+                        "the loss has no gradient with respect to any of the layers "
+                        f"{few(list(self.captures))}: it is detached or computed without gradients (torch.no_grad, "
+                        ".item(), NumPy), or the model's pass calls none of them"
+                    )
+                found = torch.autograd.grad(values.sum(), probes, allow_unused=True)
             if self._head is not None and head is None and found[list(self._probes).index(self._head)] is None:
                 raise UsageError(
                     f"the output layer {self._head} is captured, and {getattr(output, '__qualname__', output)} did not "

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to
 from grass_lib.gradients.masked import MaskedGradients
+from grass_lib.gradients.order import WatchedLoader
 from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.state import ModelState
 from grass_lib.projection import Projector
@@ -123,6 +124,7 @@ def progress_bar(total: int | None, description: str, shown: bool = True) -> "tq
 
 def sample_count(loader: Iterable[Batch]) -> int | None:
     """Number of samples that a loader will yield, where it can be told without walking it."""
+    loader = loader.loader if isinstance(loader, WatchedLoader) else loader
     sampler = getattr(loader, "sampler", None)
     if sampler is not None and hasattr(sampler, "__len__") and getattr(loader, "batch_size", None):
         return len(sampler)

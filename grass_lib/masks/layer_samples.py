@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers
+from grass_lib.gradients.order import check_order
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.stream import sample_count
 from grass_lib.masks.low_rank import low_rank, side_energies
@@ -84,8 +85,8 @@ def collect(
         By layer, and the number of training samples.
 
     Raises:
-        UsageError: An argument is out of range, there are too few samples, or a layer's gradients are all zero or not
-            finite.
+        UsageError: An argument is out of range, a loader shuffles, there are too few samples, or a layer's gradients
+            are all zero or not finite.
     """
     if 0 < samples < _FEWEST or samples < 0 or rank < 1:
         raise UsageError(f"samples is {samples} and rank {rank}; expected at least {_FEWEST} samples and 1 row")
@@ -94,6 +95,8 @@ def collect(
         raise UsageError(f"the {type(model).__name__} has no weights; expected a model with linear layers")
     if device is not None and torch.empty(0, device=device).device != first.device:
         raise UsageError(f"the model is on {first.device}, and device is {device}; move the model there first")
+    for walked in (loader, queries or ()):
+        check_order(walked)
     shapes = find_layers(model, layers, include_head=include_head)
     if samples:
         sides = sum(min(rank, shape.d_out, shape.d_in) * (shape.d_out + shape.d_in) for shape in shapes.values())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to
+from grass_lib.gradients.order import check_order
 from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.state import ModelState
 from grass_lib.gradients.stream import sample_count
@@ -86,8 +87,9 @@ class GradientSource:
             n: Samples that the loader yields; None counts them, by walking the loader where its length does not say.
 
         Raises:
-            UsageError: The checkpoint or a batch does not fit.
+            UsageError: The checkpoint or a batch does not fit, or the loader shuffles.
         """
+        check_order(loader)
         bound = state if isinstance(state, ModelState) else gradients.bind(state)
         count = sample_count(loader) if n is None else n
         if count is None:

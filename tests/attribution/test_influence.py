@@ -550,3 +550,43 @@ def test_presets():
     ):
         found.cache(train)
         assert found.attribute(query).shape == (N, QUERIES)
+
+
+def test_other_training_data_are_not_those_of_the_store(tmp_path):
+    model, train, query = case()
+    _, other, _ = case(seed=3)
+    kept = influence(model, store=tmp_path / "store")
+    kept.cache(train)
+    again = influence(model, store=tmp_path / "store")
+    again.cache(train)
+    assert again.timings["samples"] == 0
+    with pytest.raises(StoreError, match="other training data"):
+        influence(model, store=tmp_path / "store").cache(other)
+    # Another batch size is the same data.
+    influence(model, store=tmp_path / "store").cache(cut(tuple(map(torch.cat, zip(*train, strict=True))), 2))
+    memory = influence(model)
+    memory.cache(train)
+    memory.cache(other)
+    fresh = influence(model)
+    fresh.cache(other)
+    assert memory.timings["samples"] == N
+    assert torch.equal(memory.attribute(query), fresh.attribute(query))
+    assert error(memory.attribute(query), kept.attribute(query)) > 0.1
+
+
+def test_a_weight_that_was_changed_behind_its_back_is_noticed():
+    model, train, query = case()
+    found = influence(model)
+    found.cache(train)
+    model.head.weight.data.mul_(2)
+    with pytest.raises(StoreError, match="model"):
+        found.attribute(query)
+
+
+def test_queries_have_an_order_too():
+    model, train, query = case()
+    found = influence(model)
+    found.cache(train)
+    data = TensorDataset(*map(torch.cat, zip(*query, strict=True)))
+    with pytest.raises(UsageError, match="shuffle=False"):
+        found.attribute(DataLoader(data, batch_size=2, shuffle=True))

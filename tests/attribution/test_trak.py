@@ -294,12 +294,16 @@ def test_bad_input_is_refused():
         trak.attribute(query)
     with pytest.raises(UsageError, match="no samples"):
         trak.cache([])
-    with pytest.raises(UsageError, match="same order"):
+    with pytest.raises(UsageError, match="shuffle=False"):
         trak.cache(torch.utils.data.DataLoader(train.dataset, batch_size=4, shuffle=True))
     with pytest.raises(UsageError, match="drop_last"):
         trak.cache(torch.utils.data.DataLoader(train.dataset, batch_size=4, drop_last=True))
-    with pytest.raises(UsageError, match="no samples"):
+    with pytest.raises(UsageError, match=r"walk for checkpoint 1.*not a generator"):
         trak.cache(iter(list(train)))
+    noisy = [tuple(part + torch.rand(()) if part.is_floating_point() else part for part in batch) for batch in train]
+    walks = iter([list(train), noisy, noisy])
+    with pytest.raises(UsageError, match="random augmentation"):
+        trak.cache(type("Augmenting", (), {"__iter__": lambda self: iter(next(walks))})())
     trak.cache(train)
     for damping, seen in (
         (0.0, "0.0"),

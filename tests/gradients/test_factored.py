@@ -478,3 +478,41 @@ def test_a_gpu_gives_the_same(sparsification, compile, graph):
     factored(tuple(part.flip(0) for part in batch))
     found, _ = factored(batch)
     assert_equal({k: v.cpu() for k, v in found.items()}, expected("text", sparsification, "sjlt-5", factored.layers))
+
+
+class Attention(nn.Module):
+    """PyTorch's attention, which uses the weight of its output projection without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(dim=1))
+
+
+def test_layers_that_are_not_called_are_named(caplog):
+    batch = torch.randn(N, 4, 8), torch.arange(N) % 3
+    factored = FactoredGradients(Attention(), cross_entropy, layers="all")
+    assert "leaves out weights of other kinds: attention.in_proj_weight, attention.in_proj_bias" in caplog.text
+    for _ in range(2):
+        rows, _ = factored(batch)
+    assert not rows["attention.out_proj"].any()
+    assert rows["head"].any()
+    assert caplog.text.count("did not call get rows of zeros: attention.out_proj") == 1
+
+
+def test_a_shared_weight_is_named(caplog):
+    model, batch, loss = case("tied")
+    FactoredGradients(model, loss, layers="all")(batch)
+    assert "share a weight" in caplog.text
+    caplog.clear()
+    model, batch, loss = case("mlp")
+    FactoredGradients(model, loss, layers="all")(batch)
+    assert not caplog.text
+
+
+def test_a_loss_without_a_gradient_is_refused():
+    model, batch, loss = case("mlp")
+    with pytest.raises(UsageError, match=r"no gradient.*hidden.*detached"):
+        FactoredGradients(model, lambda *given: loss(*given).detach())(batch)

@@ -1,0 +1,95 @@
+"""Row i belongs to sample i: checks that a loader yields the same samples in the same order on every walk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients.outputs import Batch
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def check_order(loader: Iterable[Batch]) -> None:
+    """Refuses loaders whose order changes or that leave samples out.
+
+    Raises:
+        UsageError: A sampler of the loader shuffles, is one of several ranks' or drops the last short batch.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+        name = type(sampler).__name__
+        if isinstance(sampler, _SHUFFLING) or (isinstance(sampler, DistributedSampler) and sampler.shuffle):
+            raise UsageError(
+                f"the loader shuffles ({name}), and row i must belong to sample i on every walk; use shuffle=False"
+            )
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise UsageError(
+                f"the loader yields the part of rank {sampler.rank} of {sampler.num_replicas} ({name}); expected all "
+                "samples on every rank, which take their parts by themselves"
+            )
+    if getattr(loader, "drop_last", False) or (isinstance(batches, BatchSampler) and batches.drop_last):
+        raise UsageError("the loader drops the last short batch, and every sample needs a row; use drop_last=False")
+
+
+def first_sample_sha256(batch: Batch) -> str:
+    """SHA-256 of a batch's first sample, without the tokens that an ``attention_mask`` leaves out.
+
+    Args:
+        batch: Tuple or dict of tensors with samples on dimension 0.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    parts = dict(batch.items() if isinstance(batch, Mapping) else enumerate(batch))
+    samples = {str(name): values[0] for name, values in parts.items() if isinstance(values, Tensor) and len(values)}
+    mask = samples.get("attention_mask")
+    for name in sorted(samples):
+        sample = samples[name].detach()
+        if mask is not None and mask.dim() == 1 and sample.shape == mask.shape:
+            sample = sample[mask != 0]  # whatever the batch is padded to
+        digest.update(f"{name} {sample.dtype} {tuple(sample.shape)}\n".encode())
+        digest.update(sample.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class WatchedLoader:
+    """A loader that compares the first sample of every walk with that of the first one.
+
+    Attributes:
+        yielded: Whether the present walk has yielded anything.
+    """
+
+    def __init__(self, loader: Iterable[Batch]) -> None:
+        """Takes the loader; its attributes are those of this one."""
+        self.loader = loader
+        self.yielded = False
+        self._first: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Walks over the loader.
+
+        Raises:
+            UsageError: The first sample is not that of the walk before.
+        """
+        self.yielded = False
+        for batch in self.loader:
+            if not self.yielded:
+                found, self.yielded = first_sample_sha256(batch), True
+                if self._first not in (None, found):
+                    raise UsageError(
+                        "the loader's first sample differs from that of the walk before; expected the same samples in "
+                        "the same order on every walk, without shuffling and without random augmentation"
+                    )
+                self._first = found
+            yield batch

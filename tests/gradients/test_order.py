@@ -1,0 +1,88 @@
+"""Loaders whose order changes are refused, whoever shuffles; the first sample tells data sets apart."""
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients.order import WatchedLoader, check_order, first_sample_sha256
+from grass_lib.gradients.stream import sample_count
+
+DATA = TensorDataset(torch.arange(12.0).view(6, 2), torch.arange(6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle": True},
+        {"sampler": SubsetRandomSampler([0, 1, 2])},
+        {"sampler": WeightedRandomSampler([1.0] * 6, 6)},
+        {"batch_sampler": BatchSampler(RandomSampler(DATA), 2, drop_last=False)},
+        {"sampler": DistributedSampler(DATA, num_replicas=1, rank=0, shuffle=True)},
+    ],
+)
+def test_shuffling_is_refused(options):
+    size = {} if "batch_sampler" in options else {"batch_size": 2}
+    with pytest.raises(UsageError, match="shuffle=False"):
+        check_order(DataLoader(DATA, **options, **size))
+
+
+def test_samples_left_out_are_refused():
+    for loader in (
+        DataLoader(DATA, batch_size=4, drop_last=True),
+        DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 4, drop_last=True)),
+    ):
+        with pytest.raises(UsageError, match="drop_last=False"):
+            check_order(loader)
+    part = DistributedSampler(DATA, num_replicas=2, rank=1, shuffle=False)
+    with pytest.raises(UsageError, match="rank 1 of 2"):
+        check_order(DataLoader(DATA, batch_size=2, sampler=part))
+
+
+def test_a_fixed_order_is_taken():
+    for loader in (
+        DataLoader(DATA, batch_size=2),
+        DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 2, drop_last=False)),
+        [next(iter(DataLoader(DATA, batch_size=2)))],
+        (batch for batch in DataLoader(DATA, batch_size=2)),
+    ):
+        check_order(loader)
+
+
+def test_padding_does_not_count():
+    def text(ids, mask):
+        ids = torch.tensor([ids, ids[::-1]])
+        return {"input_ids": ids, "attention_mask": torch.tensor([mask, mask]), "labels": ids}
+
+    plain = text([5, 6], [1, 1])
+    alike = plain, text([5, 6, 0, 0], [1, 1, 0, 0]), text([0, 5, 6], [0, 1, 1])
+    assert len({first_sample_sha256(batch) for batch in alike}) == 1
+    ids = plain["input_ids"]
+    others = text([5, 7], [1, 1]), {"input_ids": ids}, {"labels": ids}, (ids,), (ids.int(),), (ids.float(),)
+    images = torch.zeros(2, 1, 2, 3)
+    others += (images,), (images.view(2, 1, 3, 2),)
+    assert len({first_sample_sha256(batch) for batch in (plain, *others)}) == 9
+
+
+def test_every_walk_begins_with_the_same_sample():
+    batches = [(torch.arange(4.0).view(2, 2),)]
+    watched = WatchedLoader(batches)
+    assert sample_count(watched) == 2
+    assert sample_count(WatchedLoader(DataLoader(DATA, batch_size=4))) == 6
+    for _ in range(2):
+        assert len(list(watched)) == 1
+    batches[0] = (torch.ones(2, 2),)
+    with pytest.raises(UsageError, match="random augmentation"):
+        list(watched)
+    once = WatchedLoader(iter([(torch.ones(1),)]))
+    assert (len(list(once)), once.yielded) == (1, True)
+    assert (len(list(once)), once.yielded) == (0, False)
