@@ -53,7 +53,7 @@ window.addEventListener("load", function () {
     });
   }
   document.addEventListener("toggle", function (event) {
-    const body = event.target.closest("#dt-ledger tbody");
+    const body = event.target.closest("#dt-ledger tbody, #dt-ledger-seconds tbody");
     if (!body) { return; }
     show(body);
     if (watched.has(body)) { return; }
