@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from grass_lib.errors import GrassError, UsageError
+from grass_lib.gradients.attention_masks import whole_masks
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import ModelState, ParameterFilter, bind_state, evaluating, trainable_names
 
@@ -131,6 +132,9 @@ class PerSampleGradients:
             samples: On the device.
             rows: Is written to, ``(batch, p)``.
             values: Is written to, ``(batch,)``.
+
+        Raises:
+            UsageError: The model does what ``torch.func.vmap`` cannot, or the output returns another form.
         """
 
         def value_of(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
@@ -150,7 +154,18 @@ class PerSampleGradients:
             return value[0]
 
         self.model_calls += 1
-        gradients, found = vmap(grad_and_value(value_of), in_dims=(None, 0))(state.trainable, samples)
+        try:
+            with whole_masks():
+                gradients, found = vmap(grad_and_value(value_of), in_dims=(None, 0))(state.trainable, samples)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap: "):
+                raise
+            raise UsageError(
+                f"{type(self.model).__name__} cannot give each sample its gradient by torch.func.vmap: "
+                f"{_vmap_reason(error)}; change that (for a model of transformers, load it with "
+                "attn_implementation='eager', or leave attention_mask and position_ids out of the batch), or begin "
+                "the spec with a mask, for example random_mask-16384->sjlt-4096"
+            ) from error
         values.copy_(found)
         offset = 0
         for name, shape in zip(self.names, self._shapes, strict=True):
@@ -230,3 +245,10 @@ def check_finite(rows: Tensor, values: Tensor, first: int) -> None:
         f"The gradient or output of {len(bad)} sample(s) is not finite, at position(s) {shown}{more}; "
         "look at these samples, or use a numerically stable output such as grass_lib.gradients.margin."
     )
+
+
+def _vmap_reason(error: RuntimeError) -> str:
+    text = str(error).removeprefix("vmap: ")
+    if ".item()" in text:
+        return "what it computes depends on the values of a tensor"
+    return text.split("\n", 1)[0].split(". ", 1)[0].rstrip(".")
