@@ -21,8 +21,8 @@ def whole_masks() -> Iterator[None]:
     the block they do not look: attention gives the same numbers to rounding. Batches without a mask are served as ever.
     Where transformers is not loaded, nothing is done.
     """
-    registry = getattr(sys.modules.get("transformers.masking_utils"), "ALL_MASK_ATTENTION_FUNCTIONS", None)
-    before = {} if registry is None else {name: registry[name] for name in _SKIPPING if name in registry}
+    registry = getattr(sys.modules.get("transformers.masking_utils"), "ALL_MASK_ATTENTION_FUNCTIONS", {})
+    before = {name: registry[name] for name in _SKIPPING if name in registry}
     for name, function in before.items():
         registry[name] = _never_skipping(function)
     try:

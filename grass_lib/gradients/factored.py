@@ -338,9 +338,6 @@ class FactoredGradients:
 
 
 def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    first = next(model.parameters(), None)
-    if first is None:
-        raise UsageError(f"the {type(model).__name__} has no weights; expected a model with layers to capture")
-    if device is not None and torch.empty(0, device=device).device != first.device:
-        raise UsageError(f"the model is on {first.device}, and device is {device}; move the model there first")
-    return first.device
+    from grass_lib.devices import device_of_model
+
+    return device_of_model(model, device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from grass_lib.devices import usable_device
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.attention_masks import whole_masks
 from grass_lib.gradients.outputs import Batch, Output
@@ -68,7 +69,7 @@ class PerSampleGradients:
         own = dict(model.named_parameters())
         self._shapes = [own[name].shape for name in self.names]
         self.p = self.width = sum(shape.numel() for shape in self._shapes)
-        self.device = own[self.names[0]].device if device is None else torch.device(device)
+        self.device = own[self.names[0]].device if device is None else usable_device(device)
         self.model_calls = 0
 
     def bind(self, state: Mapping[str, Tensor] | None = None) -> ModelState:
