@@ -10,7 +10,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from grass_lib.devices import usable_device
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.attention_masks import whole_masks
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.state import ModelState, ParameterFilter, bind_state, evaluating, trainable_names
 
 _SHOWN = 8
@@ -56,6 +56,7 @@ class PerSampleGradients:
         """
         if not isinstance(model, nn.Module):
             raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        check_output(output)
         if micro_batch is not None and micro_batch < 1:
             raise UsageError(f"micro_batch is {micro_batch}; expected at least 1, or None for whole batches.")
         if dtype not in (torch.float32, torch.float64):

@@ -6,7 +6,7 @@ labels under ``"labels"`` and everything else is passed to the model by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,6 +65,31 @@ def cross_entropy(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """
     logits, labels = _logits_and_labels(model, batch)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def check_output(output: Any, argument: str = "output", meaning: str = "") -> None:
+    """Refuses what cannot be an output, above all a loss of ``torch.nn``, which takes logits and labels.
+
+    Args:
+        output: As it was given.
+        argument: Under which name, for the message.
+        meaning: Which values are better, for the message.
+
+    Raises:
+        UsageError: It is no function, or one of PyTorch's own losses.
+    """
+    kind = output if isinstance(output, type) else type(output)
+    own = getattr(output, "__module__", None) == "torch.nn.functional"
+    own = own or any(base.__module__ == "torch.nn.modules.loss" for base in kind.__mro__)
+    if callable(output) and not own:
+        return
+    name = getattr(output, "__name__", kind.__name__)
+    seen = f"{name}, which takes predictions and labels" if own else repr(output)
+    raise UsageError(
+        f"{argument} is {seen}; expected a function {argument}(model, batch) -> (batch,)"
+        f"{', ' + meaning if meaning else ''}, with one value per sample, for example "
+        "grass_lib.gradients.cross_entropy"
+    )
 
 
 def margin_weight(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from grass_lib.devices import device_of_model
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.stream import sample_count
 from grass_lib.masks.low_rank import low_rank, side_energies
 from grass_lib.masks.token_pairs import Factors, Pairs
@@ -90,6 +90,7 @@ def collect(
     """
     if 0 < samples < _FEWEST or samples < 0 or rank < 1:
         raise UsageError(f"samples is {samples} and rank {rank}; expected at least {_FEWEST} samples and 1 row")
+    check_output(loss, "loss")
     device_of_model(model, device)
     shapes = find_layers(model, layers, include_head=include_head)
     if samples:

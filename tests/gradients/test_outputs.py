@@ -1,9 +1,15 @@
+import functools
+
 import pytest
 import torch
 import zoo
+from torch import nn
 
+from grass_lib import TRAK, InfluenceFunction, TracIn
 from grass_lib.errors import GrassError, UsageError
-from grass_lib.gradients import MaskedGradients, PerSampleGradients, cross_entropy, margin, margin_weight
+from grass_lib.gradients import MaskedGradients, PerSampleGradients, causal_loss, cross_entropy, margin, margin_weight
+from grass_lib.gradients.outputs import check_output
+from grass_lib.masks.layer_samples import collect
 
 
 def test_margin_is_the_log_odds_of_the_right_class():
@@ -88,6 +94,46 @@ def test_a_label_that_cannot_be_looked_at_makes_its_sample_nan(label, gradients,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_margin_keeps_the_type_of_the_logits(dtype):
     assert margin(lambda x: x, (torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 1]))).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("output", "seen"),
+    [
+        (None, "None"),
+        ("margin", "'margin'"),
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss, which takes predictions and labels"),
+        (nn.MSELoss, "MSELoss, which takes"),
+        (type("Own", (nn.NLLLoss,), {})(), "Own, which takes"),
+        (nn.functional.cross_entropy, "cross_entropy, which takes"),
+    ],
+)
+def test_losses_of_another_form_are_refused_where_they_are_given(output, seen):
+    model = zoo.make_model("mlp")
+    form = r".*expected a function {}\(model, batch\) -> \(batch,\).*grass_lib\.gradients\.cross_entropy"
+    calls = {
+        "output": [
+            lambda: PerSampleGradients(model, output),
+            lambda: MaskedGradients(model, output, torch.arange(3)),
+            lambda: TRAK(model, [model.state_dict()], output=output),
+            lambda: TracIn(model, [model.state_dict()], output=output),
+        ],
+        "loss": [lambda: InfluenceFunction(model, output), lambda: collect(model, output, [])],
+        "target": [lambda: InfluenceFunction(model, cross_entropy, target=output or "none")],
+    }
+    for name, places in calls.items():
+        for place in places:
+            shown = "'none'" if name == "target" and output is None else seen
+            with pytest.raises(UsageError, match=f"{name} is {shown}{form.format(name)}"):
+                place()
+
+
+def test_any_other_callable_is_taken():
+    class Module(nn.Module):
+        def forward(self, model, batch):
+            return cross_entropy(model, batch)
+
+    for output in (margin, Module(), functools.partial(causal_loss, reduction="mean"), lambda model, batch: None):
+        check_output(output)
 
 
 def test_batches_without_labels_are_refused():
