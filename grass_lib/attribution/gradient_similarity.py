@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.attribution.features import FeatureAttributor, FeatureOptions
+from grass_lib.attribution.routes import refuse_unused_masks
 from grass_lib.errors import UsageError
 from grass_lib.gradients.outputs import Batch, Output, cross_entropy
 from grass_lib.gradients.state import Checkpoint
@@ -84,6 +85,7 @@ class TracIn(_Similarity):
             UsageError: If an argument does not fit.
         """
         super().__init__(model, checkpoints, output=output, **options)
+        refuse_unused_masks(self.specs, options.get("masks"))
         rates = [learning_rates] * len(checkpoints) if isinstance(learning_rates, int | float) else learning_rates
         if len(rates) != len(checkpoints):
             raise UsageError(
@@ -124,6 +126,7 @@ class GradientCosine(_Similarity):
             UsageError: If an argument does not fit.
         """
         super().__init__(model, checkpoints, output=output, **options)
+        refuse_unused_masks(self.specs, options.get("masks"))
 
     def _prepared(self, features: Tensor) -> Tensor:
         rows = super()._prepared(features)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.attribution.features import FeatureAttributor, MaskChoice
-from grass_lib.attribution.routes import GradientChoice
+from grass_lib.attribution.routes import GradientChoice, refuse_unused_masks
 from grass_lib.attribution.solve import SolveMethod, damped_scores, damping_grid
 from grass_lib.errors import UsageError
 from grass_lib.gradients.outputs import Batch, Output, margin, margin_weight
@@ -74,7 +74,7 @@ class TRAK(FeatureAttributor):
             seed: Of the random projections.
             device: Where to compute.
             micro_batch: At most so many samples go through the model at once.
-            masks: For selective types.
+            masks: For selective types; refused where no spec takes one.
             backend: As in ``build_projector``.
             cache_device: Where the training features are kept.
             parameters: Keeps some of the trainable weights.
@@ -111,6 +111,7 @@ class TRAK(FeatureAttributor):
             progress=progress,
             gradients=gradients,
         )
+        refuse_unused_masks(self.specs, masks)
 
     def attribute(
         self, query_loader: Iterable[Batch], damping: float | Sequence[float] | Tensor = 0.1
