@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from grass_lib.errors import GrassError, UsageError
+
+# The last one is a limit on the size of files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -37,6 +41,34 @@ def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
     except (OSError, GrassError):
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(
+    path: Path, content: bytes, what: str, *, failure: type[GrassError] = GrassError, then: str = "run the same again"
+) -> None:
+    """Writes a file, whole or not at all, and explains a refusal.
+
+    Args:
+        path: Where to; the folder must exist. An existing file is replaced in one step.
+        content: The bytes.
+        what: What the file is, for the message.
+        failure: The error to raise.
+        then: What to do once the cause is mended, for the message.
+
+    Raises:
+        GrassError: The file could not be written, as ``failure``; no temporary file is left, and what was there before
+            is untouched.
+    """
+    try:
+        with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as file:
+            file.write(content)
+    except OSError as error:
+        cause, remedy = (error.strerror or str(error)), "make the folder writable, or choose another,"
+        if error.errno in _FULL:
+            cause, remedy = "the disk (or its quota) is full", "free some space"
+        raise failure(
+            f"{what} {path} ({len(content):,} bytes) could not be written: {cause}; {remedy} and {then}"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -33,6 +33,7 @@ from grass_lib import __version__
 from grass_lib.attribution.curvature import groups_within
 from grass_lib.attribution.preconditioner import decompose
 from grass_lib.attribution.scoring import device_rows
+from grass_lib.devices import usable_device
 from grass_lib.errors import StoreError, UsageError
 from grass_lib.precision import exact_products
 from grass_lib.store import GradientStore
@@ -81,7 +82,7 @@ def compress(
     """
     source = store if isinstance(store, GradientStore) else GradientStore.open(store)
     target = source.dtype if dtype is None else parse_dtype(dtype)
-    folder, place = Path(into), torch.device(device)
+    folder, place = Path(into), usable_device(device)
     _check(source, folder, target, rank, worker, n_workers)
     _check_content(source, range(source.n_shards) if rank else range(worker, source.n_shards, n_workers), progress)
     low_rank = None if rank is None else _low_rank(source, folder, rank, place, progress)

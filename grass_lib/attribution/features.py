@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from grass_lib.attribution.routes import GradientChoice, GradientRoute
+from grass_lib.attribution.routes import GradientChoice, GradientRoute, refuse_unused_masks
+from grass_lib.devices import usable_device
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.full import PerSampleGradients
 from grass_lib.gradients.order import WatchedLoader, check_order
@@ -112,6 +113,7 @@ class FeatureAttributor:
             raise UsageError(f"dtype is {dtype}; expected one of {', '.join(map(str, FEATURE_DTYPES))}.")
         pair = specs is None
         self.specs = _parse_specs(specs, sparsification, projection)
+        refuse_unused_masks(self.specs, masks)
         self.seed = seed
         self.timings: dict[str, Any] = {}
         self._single = pair
@@ -129,7 +131,7 @@ class FeatureAttributor:
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         )
         self.device = self._gradients.device
-        self.cache_device = self.device if cache_device is None else torch.device(cache_device)
+        self.cache_device = self.device if cache_device is None else usable_device(cache_device)
         self._checkpoints = _check_checkpoints(model, checkpoints)
         # A spec that does not fit the model fails here, not after minutes of training data.
         projectors = self._build_projectors(0)

@@ -13,14 +13,14 @@ from grass_lib.attribution.caching import check_compile
 from grass_lib.attribution.filling import StoreFiller
 from grass_lib.attribution.origin import KeptStore
 from grass_lib.attribution.preconditioner import PRECISIONS, LayerBasis, Precision, decompose
-from grass_lib.attribution.ranking import TopK, TopKMerge
+from grass_lib.attribution.ranking import TopK, TopKMerge, checked_k
 from grass_lib.attribution.scoring import Scorer, clocked
 from grass_lib.attribution.solve import damping_grid
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.maps import LayerMasks, LayerMatrices
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
 from grass_lib.ranks import Ranks, is_sharded
@@ -42,6 +42,10 @@ class InfluenceFunction:
 
     A positive score means that training on the sample raises the query's target. With hessian "Identity" the matrix is
     left out.
+
+    Samples must lie on dimension 0 of every captured layer's output. A layer that takes the sequence first
+    (``batch_first=False``) cannot be told apart where the sequence is as long as the batch: its positions would be
+    taken as samples.
 
     A layer with fewer features than samples has its ``F_l`` decomposed, one with more the samples' Gram matrix; the
     scores are the same. One decomposition serves all damping values.
@@ -132,6 +136,8 @@ class InfluenceFunction:
         self.hessian = parse_hessian(hessian)
         if precision not in PRECISIONS:
             raise UsageError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if target is not None:
+            check_output(target, "target", "higher is better")
         check_compile(compile, deterministic)
         self._ranks = Ranks() if ranks is None else ranks
         if is_sharded(model) and (self._ranks.alone or compile):
@@ -295,8 +301,7 @@ class InfluenceFunction:
         if not single:
             raise UsageError(f"damping is a grid of {len(grid)} values; topk ranks by one value, for example 0.1")
         store, found = self._kept.complete(), []
-        if not 1 <= k <= store.n_samples:
-            raise UsageError(f"k is {k}; expected between 1 and the number of training samples, {store.n_samples}")
+        k = checked_k(k, store.n_samples)
         for count, prepared in self._scorer.blocks(store, self._ready_bases(store), query_loader, grid):
             merge = TopKMerge(k)
             with self._ranks.together("scoring"):

@@ -23,6 +23,7 @@ from grass_lib.store import GradientStore, MemoryStore, Store
 from grass_lib.store.base import shard_list
 from grass_lib.store.formats import parse_dtype
 from grass_lib.store.manifest import Manifest
+from grass_lib.store.place import store_folder
 from grass_lib.store.store import MANIFEST
 
 # Packages whose operators differ from this library's; its own give the same numbers everywhere.
@@ -67,7 +68,7 @@ class KeptStore:
         if shard_size is not None and shard_size < 1:
             raise UsageError(f"shard_size is {shard_size}; expected a positive number of samples")
         self._gradients = gradients
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else store_folder(path)
         self._dtype, self._shard_size, self._source = parse_dtype(dtype), shard_size, source
         shapes = {name: f"{shape.kind} {shape.d_out}x{shape.d_in}" for name, shape in gradients.layers.items()}
         own = {

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grass_lib.errors import UsageError
 from grass_lib.ranks import Ranks
+from grass_lib.scores import as_scores
 
 _QUERIES_AT_ONCE = 256
 
@@ -40,23 +41,23 @@ def topk(scores: Tensor, k: int = 10) -> TopK:
     """Ranks the training samples of each query; equal scores are ordered by training index.
 
     Args:
-        scores: ``(n_train, n_query)``, higher where the sample helps more.
+        scores: ``(n_train, n_query)``, higher where the sample helps more; an array of NumPy or lists will do.
         k: How many at each end.
 
     Returns:
         The k highest and k lowest scores of each query.
 
     Raises:
-        UsageError: If the matrix has another shape or holds NaN, or k is out of range.
+        UsageError: If the matrix has another shape or holds NaN, or k is out of range or no whole number.
     """
+    scores = as_scores(scores)
     if scores.dim() != 2:
         raise UsageError(
             f"Scores have shape {tuple(scores.shape)}; expected (n_train, n_query). "
             "Select one damping value or spec first."
         )
     n_train, n_query = scores.shape
-    if not 1 <= k <= n_train:
-        raise UsageError(f"k is {k}; expected between 1 and the number of training samples, {n_train}.")
+    k = checked_k(k, n_train)
     indices = torch.empty(n_query, 2, k, dtype=torch.int64, device=scores.device)
     values = torch.empty(n_query, 2, k, dtype=scores.dtype, device=scores.device)
     for start in range(0, n_query, _QUERIES_AT_ONCE):
@@ -69,6 +70,19 @@ def topk(scores: Tensor, k: int = 10) -> TopK:
             indices[start : start + len(block), end] = order[:, :k]
             values[start : start + len(block), end] = ordered[:, :k]
     return TopK(indices, values)
+
+
+def checked_k(k: int, n_train: int) -> int:
+    """How many samples to rank at each end.
+
+    Raises:
+        UsageError: It is no whole number, or out of range.
+    """
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise UsageError(f"k is {k!r}; expected a whole number between 1 and {n_train}, that of the training samples.")
+    if not 1 <= k <= n_train:
+        raise UsageError(f"k is {k}; expected between 1 and the number of training samples, {n_train}.")
+    return int(k)
 
 
 class TopKMerge:

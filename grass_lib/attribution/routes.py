@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from grass_lib.gradients.full import PerSampleGradients
 from grass_lib.gradients.masked import MaskedGradients
 from grass_lib.projection import Projector
 from grass_lib.projection.restricted import RestrictedProjector, leading_mask
+from grass_lib.specs import CompressionSpec
 
 GradientChoice = Literal["auto", "full", "masked"]
 CHOICES: tuple[GradientChoice, ...] = ("auto", "full", "masked")
@@ -94,6 +95,31 @@ class GradientRoute:
             return self._full, dict(projectors)
         masked = self._masked.keeping(_union(projectors))
         return masked, {name: RestrictedProjector(one, masked.indices) for name, one in projectors.items()}
+
+
+def refuse_unused_masks(specs: Sequence[CompressionSpec], masks: Any) -> None:
+    """Refuses masks that no spec would look at.
+
+    Args:
+        specs: The compressions.
+        masks: A mask, a list with one for each checkpoint, a dict of these by spec string, or None.
+
+    Raises:
+        UsageError: No spec is of a selective type, or the dict has an entry for one that is not. Entries for specs
+            that are not there are fine, so that one dict serves several calls.
+    """
+    by_spec = isinstance(masks, Mapping)
+    if masks is None or (by_spec and not masks):
+        return
+    without = [str(spec) for spec in specs if not spec.needs_mask_file]
+    refused = [name for name in without if name in masks] if by_spec else []
+    if len(without) == len(specs):
+        refused = without
+    if refused:
+        raise UsageError(
+            f"masks are given, and {', '.join(map(repr, refused))} takes none; leave them out, or use a selective "
+            "type, for example selective_mask-16384->sjlt-4096"
+        )
 
 
 def _union(projectors: Mapping[str, Projector]) -> torch.Tensor:

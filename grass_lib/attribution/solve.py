@@ -6,8 +6,9 @@ each damping value then needs one factorisation and solve.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,14 +28,28 @@ def damping_grid(damping: float | Sequence[float] | Tensor) -> tuple[list[float]
     Raises:
         UsageError: If there are none, or one is not a finite number above 0.
     """
-    single = isinstance(damping, int | float) or (isinstance(damping, Tensor) and damping.dim() == 0)
-    values = [float(value) for value in ([damping] if single else damping)]  # type: ignore[union-attr]
+    single = isinstance(damping, Real) or getattr(damping, "ndim", None) == 0
+    if isinstance(damping, str | bytes | Mapping) or not (single or isinstance(damping, Iterable)):
+        raise _no_damping(damping)
+    values = [_damping_value(value) for value in ([damping] if single else damping)]  # type: ignore[union-attr]
     if not values:
         raise UsageError("damping is an empty list; expected at least one value above 0, for example 0.1.")
     for value in values:
         if not 0.0 < value < float("inf"):
             raise UsageError(f"damping is {value}; expected a finite number above 0, for example 0.1.")
     return values, single
+
+
+def _damping_value(value: Any) -> float:
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise _no_damping(value)
+    return float(number)
+
+
+def _no_damping(value: Any) -> UsageError:
+    seen = f"a {type(value).__name__} of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+    return UsageError(f"damping is {seen}; expected a number above 0, for example 0.1, or a list of such numbers.")
 
 
 def damped_scores(

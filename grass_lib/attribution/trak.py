@@ -74,7 +74,7 @@ class TRAK(FeatureAttributor):
             seed: Of the random projections.
             device: Where to compute.
             micro_batch: At most so many samples go through the model at once.
-            masks: For selective types.
+            masks: For selective types; refused where no spec takes one.
             backend: As in ``build_projector``.
             cache_device: Where the training features are kept.
             parameters: Keeps some of the trainable weights.

@@ -23,6 +23,7 @@ from grass_lib.bench.goals import goals
 from grass_lib.bench.packages import PACKAGES, package_call
 from grass_lib.bench.timing import measure, read_speed
 from grass_lib.errors import GrassError, UsageError
+from grass_lib.experiments.base import resolve_device
 from grass_lib.projection import build_projector
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,7 @@ def run(device: str = "auto", *, repeats: int = 20, only: str = "") -> dict[str,
     """
     if repeats < 20:
         raise UsageError(f"repeats is {repeats}; a median of at least 20 is reported")
-    place = torch.device(
-        "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-    )
+    place = torch.device(resolve_device(device))
     gpu = place.type == "cuda"
     cases = [case for case in (gpu_cases() if gpu else cpu_cases()) if only in ("", case.part)]
     if not cases:

@@ -6,25 +6,23 @@ everything it consists of is on the disk.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 
+from grass_lib import files
 from grass_lib.errors import BankError
-from grass_lib.files import replacing
 
 LOCK_FILE = ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 logger = logging.getLogger(__name__)
 
@@ -74,20 +72,12 @@ def write_whole(path: Path, content: bytes) -> str:
     Raises:
         BankError: The file could not be written; what was there before is untouched.
     """
-    try:
-        # Left over from a run that was killed while it wrote this very file; the lock keeps others out.
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            stale.unlink(missing_ok=True)
-        with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as file:
-            file.write(content)
-    except OSError as error:
-        full = error.errno in _FULL
-        cause = "the disk (or its quota) is full" if full else f"{error.strerror or error}"
-        raise BankError(
-            f"bank file {path.name} ({len(content):,} bytes) could not be written: {cause}; "
-            f"{'free some space' if full else 'make the folder writable'} and run the same command again, finished "
-            "groups are kept"
-        ) from error
+    # Left over from a run that was killed while it wrote this very file; the lock keeps others out.
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            stale.unlink()
+    then = "run the same command again, finished groups are kept"
+    files.write_whole(path, content, "bank file", failure=BankError, then=then)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -13,6 +13,7 @@ from grass_lib.errors import UsageError
 from grass_lib.evaluation.lds import Queries, mean_correlation, query_columns
 from grass_lib.evaluation.retraining import RetrainingBank
 from grass_lib.rng import Stream
+from grass_lib.scores import as_scores
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def choose_damping(
     Raises:
         UsageError: Grid and scores do not fit, or no value has a defined LDS.
     """
+    scores = as_scores(scores)
     if scores.dim() != 3 or len(scores) != len(dampings) or not len(dampings):
         raise UsageError(
             f"scores have shape {tuple(scores.shape)} for {len(dampings)} damping values; expected "

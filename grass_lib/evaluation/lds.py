@@ -20,6 +20,7 @@ from grass_lib.evaluation.bootstrap import check_options, correlation_interval
 from grass_lib.evaluation.ceiling import NoiseCeiling, noise_ceiling
 from grass_lib.evaluation.ranks import spearman
 from grass_lib.evaluation.retraining import RetrainingBank
+from grass_lib.scores import as_scores
 
 Queries: TypeAlias = Tensor | slice | Sequence[int] | None
 
@@ -66,8 +67,8 @@ def lds(
     """Linear datamodeling score of a score matrix against a bank of retrained models.
 
     Args:
-        scores: ``(n_train, n_query)``, any float dtype and device; positive means that training on the sample raises
-            the query's output.
+        scores: ``(n_train, n_query)``, any float dtype and device, or an array of NumPy; positive means that training
+            on the sample raises the query's output.
         bank: Models retrained on random subsets of the same training set, with outputs for the same queries. Only the
             first seed counts here; second seeds give the noise ceiling.
         queries: Indices (or a slice, or a bool mask) of the queries to report; None for all.
@@ -132,7 +133,7 @@ def subset_sums(scores: Tensor, subsets: Tensor, columns: Tensor) -> Tensor:
     Raises:
         UsageError: The scores are not finite or have another shape.
     """
-    n_train = subsets.shape[1]
+    scores, n_train = as_scores(scores), subsets.shape[1]
     if scores.dim() != 2 or scores.shape[0] != n_train or scores.shape[1] <= int(columns.max()):
         raise UsageError(
             f"scores have shape {tuple(scores.shape)}; expected (n_train, n_query) with n_train = {n_train} as in the "

@@ -126,6 +126,7 @@ def train_bank(
         The finished bank.
 
     Raises:
+        UsageError: The trainer returned no `TrainedGroup`.
         BankError: The folder holds another bank, a file is damaged or cannot be written, training diverged, or a model
             that was trained again is not the one whose outputs are stored.
     """
@@ -221,6 +222,14 @@ def _assemble(store: GroupStore) -> RetrainingBank:
 
 def _check_trained(trained: TrainedGroup, members: Sequence[Member], keep_weights: bool) -> None:
     """Refuses what must not be stored."""
+    if not isinstance(trained, TrainedGroup) or not isinstance(trained.outputs, Tensor):
+        seen = f"a {type(trained).__name__}"
+        if isinstance(trained, TrainedGroup):
+            seen += f" whose outputs are a {type(trained.outputs).__name__}"
+        raise UsageError(
+            f"the trainer returned {seen}; expected a grass_lib.evaluation.TrainedGroup, for example "
+            "TrainedGroup(outputs) with a tensor of outputs (n_models, n_query)"
+        )
     outputs = trained.outputs
     if outputs.dim() != 2 or len(outputs) != len(members):
         raise BankError(

@@ -98,12 +98,9 @@ def resolve_device(device: str) -> str:
     """
     import torch
 
+    from grass_lib.devices import known_device
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError(f"device is {device!r}; expected auto, cpu or cuda (cuda:1 for the second GPU)") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {device!r}, but no GPU is usable here; expected auto or cpu")
+    known_device(device, other_names="auto")
     return device

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grass_lib.devices import device_of_model
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.fp8 import check_fp8
@@ -17,7 +18,7 @@ from grass_lib.gradients.graph import RecordedStep, shapes_of
 from grass_lib.gradients.layers import LayerChoice, LayerShape, doubts, few, find_layers, output_layer
 from grass_lib.gradients.maps import LayerMaps, LayerMasks, LayerMatrices
 from grass_lib.gradients.meter import Meter, measured
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
 from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
@@ -105,6 +106,7 @@ class FactoredGradients:
             SpecError: The compression is flat in its first stage, or does not fit a layer.
             UsageError: Another argument does not fit.
         """
+        check_output(loss, "loss", "lower is better")
         if dtype not in (torch.float32, torch.float64):
             raise UsageError(f"gradients are given in torch.float32 or torch.float64, not {dtype}")
         self.spec = CompressionSpec.parse(sparsification=sparsification, projection=projection)
@@ -115,7 +117,7 @@ class FactoredGradients:
                 "or identity"
             )
         self.model, self.loss, self.dtype = model, loss, dtype
-        self.device = _device_of(model, device)
+        self.device = device_of_model(model, device)
         shapes = find_layers(model, layers, include_head=include_head)
         for doubt in doubts(model, shapes, layers):
             logger.warning("%s", doubt)
@@ -356,12 +358,3 @@ class FactoredGradients:
             return rows
         torch._foreach_mul_(list(rows.values()), [self._captures[name].scale for name in rows])  # pyright: ignore[reportPrivateImportUsage]
         return rows
-
-
-def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    first = next(model.parameters(), None)
-    if first is None:
-        raise UsageError(f"the {type(model).__name__} has no weights; expected a model with layers to capture")
-    if device is not None and torch.empty(0, device=device).device != first.device:
-        raise UsageError(f"the model is on {first.device}, and device is {device}; move the model there first")
-    return first.device

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from grass_lib.devices import usable_device
 from grass_lib.errors import GrassError, UsageError
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.attention_masks import whole_masks
+from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.state import ModelState, ParameterFilter, bind_state, evaluating, trainable_names
 
 _SHOWN = 8
@@ -54,6 +56,7 @@ class PerSampleGradients:
         """
         if not isinstance(model, nn.Module):
             raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        check_output(output)
         if micro_batch is not None and micro_batch < 1:
             raise UsageError(f"micro_batch is {micro_batch}; expected at least 1, or None for whole batches.")
         if dtype not in (torch.float32, torch.float64):
@@ -67,7 +70,7 @@ class PerSampleGradients:
         own = dict(model.named_parameters())
         self._shapes = [own[name].shape for name in self.names]
         self.p = self.width = sum(shape.numel() for shape in self._shapes)
-        self.device = own[self.names[0]].device if device is None else torch.device(device)
+        self.device = own[self.names[0]].device if device is None else usable_device(device)
         self.model_calls = 0
 
     def bind(self, state: Mapping[str, Tensor] | None = None) -> ModelState:
@@ -131,6 +134,9 @@ class PerSampleGradients:
             samples: On the device.
             rows: Is written to, ``(batch, p)``.
             values: Is written to, ``(batch,)``.
+
+        Raises:
+            UsageError: The model does what ``torch.func.vmap`` cannot, or the output returns another form.
         """
 
         def value_of(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
@@ -150,7 +156,18 @@ class PerSampleGradients:
             return value[0]
 
         self.model_calls += 1
-        gradients, found = vmap(grad_and_value(value_of), in_dims=(None, 0))(state.trainable, samples)
+        try:
+            with whole_masks():
+                gradients, found = vmap(grad_and_value(value_of), in_dims=(None, 0))(state.trainable, samples)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap: "):
+                raise
+            raise UsageError(
+                f"{type(self.model).__name__} cannot give each sample its gradient by torch.func.vmap: "
+                f"{_vmap_reason(error)}; change that (for a model of transformers, load it with "
+                "attn_implementation='eager', or leave attention_mask and position_ids out of the batch), or begin "
+                "the spec with a mask, for example random_mask-16384->sjlt-4096"
+            ) from error
         values.copy_(found)
         offset = 0
         for name, shape in zip(self.names, self._shapes, strict=True):
@@ -230,3 +247,10 @@ def check_finite(rows: Tensor, values: Tensor, first: int) -> None:
         f"The gradient or output of {len(bad)} sample(s) is not finite, at position(s) {shown}{more}; "
         "look at these samples, or use a numerically stable output such as grass_lib.gradients.margin."
     )
+
+
+def _vmap_reason(error: RuntimeError) -> str:
+    text = str(error).removeprefix("vmap: ")
+    if ".item()" in text:
+        return "what it computes depends on the values of a tensor"
+    return text.split("\n", 1)[0].split(". ", 1)[0].rstrip(".")

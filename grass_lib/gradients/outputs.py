@@ -6,7 +6,7 @@ labels under ``"labels"`` and everything else is passed to the model by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,22 +23,31 @@ def margin(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     This is the log-odds ``log(p / (1 - p))`` that TRAK linearises (Park et al. 2023, section 3.2), written so that it
     and its gradient stay finite where the probability p rounds to 1.
 
+    A label that is no class is refused on a CPU. On a GPU, and in a compiled pass, looking at labels would wait for the
+    device; there the sample's value and gradient are NaN, which whatever computes gradients refuses. No label is
+    ignored, -100 neither: leave such samples out of the batch.
+
     Args:
         model: Called with the inputs of the batch; returns logits ``(batch, n_classes)``.
         batch: ``(*inputs, labels)`` or a dict with ``"labels"``; labels are class numbers ``(batch,)``.
 
     Returns:
-        ``(batch,)``, higher where the right class is likelier.
+        ``(batch,)``, higher where the right class is likelier; NaN for a label that is no class, where it is not
+        refused.
 
     Raises:
-        UsageError: If logits or labels have another shape or type, or there are fewer than two classes.
+        UsageError: If logits or labels have another shape or type, there are fewer than two classes, or, on a CPU, a
+            label is not from 0 to ``n_classes - 1``.
     """
     logits, labels = _logits_and_labels(model, batch)
     if logits.shape[1] < 2:
         raise UsageError(f"margin needs at least 2 classes, but the model returned logits of shape {_shape(logits)}.")
+    _check_classes(labels, logits.shape[1])
     right = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
     others = logits.masked_fill(right, -torch.inf).logsumexp(dim=1)
-    return logits.masked_fill(~right, 0.0).sum(dim=1) - others
+    found = logits.masked_fill(~right, 0.0).sum(dim=1) - others
+    # A product, so that the gradient becomes NaN too.
+    return found * torch.ones_like(found).masked_fill(~right.any(dim=1), torch.nan)
 
 
 def cross_entropy(model: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -49,13 +58,38 @@ def cross_entropy(model: Callable[..., Tensor], batch: Batch) -> Tensor:
         batch: ``(*inputs, labels)`` or a dict with ``"labels"``; labels are class numbers ``(batch,)``.
 
     Returns:
-        ``(batch,)`` in nats, lower is better.
+        ``(batch,)`` in nats, lower is better; 0 for the label -100, which PyTorch ignores.
 
     Raises:
         UsageError: If logits or labels have another shape or type.
     """
     logits, labels = _logits_and_labels(model, batch)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def check_output(output: Any, argument: str = "output", meaning: str = "") -> None:
+    """Refuses what cannot be an output, above all a loss of ``torch.nn``, which takes logits and labels.
+
+    Args:
+        output: As it was given.
+        argument: Under which name, for the message.
+        meaning: Which values are better, for the message.
+
+    Raises:
+        UsageError: It is no function, or one of PyTorch's own losses.
+    """
+    kind = output if isinstance(output, type) else type(output)
+    own = getattr(output, "__module__", None) == "torch.nn.functional"
+    own = own or any(base.__module__ == "torch.nn.modules.loss" for base in kind.__mro__)
+    if callable(output) and not own:
+        return
+    name = getattr(output, "__name__", kind.__name__)
+    seen = f"{name}, which takes predictions and labels" if own else repr(output)
+    raise UsageError(
+        f"{argument} is {seen}; expected a function {argument}(model, batch) -> (batch,)"
+        f"{', ' + meaning if meaning else ''}, with one value per sample, for example "
+        "grass_lib.gradients.cross_entropy"
+    )
 
 
 def margin_weight(values: Tensor) -> Tensor:
@@ -93,6 +127,20 @@ def _logits_and_labels(model: Callable[..., Tensor], batch: Batch) -> tuple[Tens
             f"Labels have shape {_shape(labels)} and dtype {labels.dtype}; expected integer class numbers (batch,)."
         )
     return logits, labels.long()
+
+
+def _check_classes(labels: Tensor, n_classes: int) -> None:
+    """Refuses labels out of range where they lie in the host's memory."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        # Under vmap no value can be looked at, but what reads memory by labels checks them itself.
+        torch.zeros(n_classes, dtype=torch.bool).gather(0, labels)
+    except (RuntimeError, IndexError) as error:
+        raise UsageError(
+            f"A label is no class of the model ({str(error).splitlines()[0]}); expected class numbers from 0 to "
+            f"{n_classes - 1}. Correct it, or leave the sample out: no label is ignored here, -100 neither."
+        ) from error
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

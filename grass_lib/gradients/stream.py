@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from grass_lib.devices import usable_device
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to
 from grass_lib.gradients.masked import MaskedGradients
@@ -73,7 +74,7 @@ def project_loader(
     """
     timings = PassTimings() if timings is None else timings
     device, bound = gradients.device, state if isinstance(state, ModelState) else gradients.bind(state)
-    place = device if store_device is None else torch.device(store_device)
+    place = device if store_device is None else usable_device(store_device)
     expected = sample_count(loader)
     buffer = _new_buffer(gradients, buffer_bytes, expected)
     features: dict[str, list[Tensor]] = {name: [] for name in projectors}

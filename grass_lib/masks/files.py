@@ -7,7 +7,6 @@ of one model's masks and half of another's.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from grass_lib.errors import UsageError
-from grass_lib.files import replacing
+from grass_lib.files import write_whole
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.projection import Mask
 
@@ -33,6 +32,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Mask]) -> None:
 
     Raises:
         UsageError: The folder does not exist, or there are no masks.
+        GrassError: The file could not be written; what was there before is untouched.
     """
     path = Path(path)
     if not masks:
@@ -48,8 +48,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Mask]) -> None:
             tensors[f"{key}/scores"] = mask.scores.cpu().contiguous()
         described[key] = {"p": mask.p, "fingerprint": mask.fingerprint, "provenance": dict(mask.provenance)}
     metadata = {"format": FORMAT, "masks": json.dumps(described)}
-    with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.part")) as file:
-        file.write(save(tensors, metadata))
+    write_whole(path, save(tensors, metadata), "mask file", then="save the masks again")
 
 
 def load_masks(

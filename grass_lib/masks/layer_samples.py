@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grass_lib.devices import device_of_model
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.layers import LayerChoice, LayerShape, find_layers
 from grass_lib.gradients.order import check_order
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.stream import sample_count
 from grass_lib.masks.low_rank import low_rank, side_energies
 from grass_lib.masks.token_pairs import Factors, Pairs
@@ -90,17 +91,15 @@ def collect(
     """
     if 0 < samples < _FEWEST or samples < 0 or rank < 1:
         raise UsageError(f"samples is {samples} and rank {rank}; expected at least {_FEWEST} samples and 1 row")
-    first = next(model.parameters(), None)
-    if first is None:
-        raise UsageError(f"the {type(model).__name__} has no weights; expected a model with linear layers")
-    if device is not None and torch.empty(0, device=device).device != first.device:
-        raise UsageError(f"the model is on {first.device}, and device is {device}; move the model there first")
+    check_output(loss, "loss")
+    device_of_model(model, device)
     for walked in (loader, queries or ()):
         check_order(walked)
     shapes = find_layers(model, layers, include_head=include_head)
     if samples:
+        dtype = next(model.parameters()).dtype
         sides = sum(min(rank, shape.d_out, shape.d_in) * (shape.d_out + shape.d_in) for shape in shapes.values())
-        most = cache_bytes // (sides * (8 if first.dtype == torch.float64 else 4) * (2 if queries is not None else 1))
+        most = cache_bytes // (sides * (8 if dtype == torch.float64 else 4) * (2 if queries is not None else 1))
         if most < _FEWEST:
             raise UsageError(
                 f"cache_bytes is {cache_bytes}, which holds {most} samples of rank {rank} of these {len(shapes)} "

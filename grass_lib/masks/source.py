@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from grass_lib.devices import usable_device
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to
 from grass_lib.gradients.order import check_order
@@ -48,7 +49,7 @@ class GradientSource:
             rows: The matrix itself, where it is in memory.
         """
         self._walk = walk
-        self.n, self.p, self.device, self.rows = n, p, torch.device(device), rows
+        self.n, self.p, self.device, self.rows = n, p, usable_device(device), rows
 
     @classmethod
     def from_tensor(cls, rows: Tensor, *, block: int = 256) -> GradientSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grass_lib.devices import usable_device
 from grass_lib.rng import Stream
 
 
@@ -21,4 +22,4 @@ def fit_random(p: int, k: int, *, seed: int = 0, name: str = "", device: torch.d
     Returns:
         int64 ``(k,)``, ascending.
     """
-    return Stream(seed, name, "sparsification").distinct(k, p, device=device)
+    return Stream(seed, name, "sparsification").distinct(k, p, device=usable_device(device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from grass_lib.errors import UsageError
+from grass_lib.files import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,7 @@ class Mask:
 
         Raises:
             UsageError: The folder does not exist.
+            GrassError: The file could not be written; what was there before is untouched.
         """
         path = Path(path)
         if not path.parent.is_dir():
@@ -95,12 +96,7 @@ class Mask:
             "fingerprint": self.fingerprint,
             "provenance": json.dumps(dict(self.provenance), sort_keys=True),
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with temporary.open("wb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, save(tensors, metadata), "mask file", then="save the mask again")
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import torch
 
+from grass_lib.devices import usable_device
 from grass_lib.errors import SpecError, UsageError
 from grass_lib.projection.backends import FastJLProjector, SJLTPackageProjector
 from grass_lib.projection.base import Projector, Recipe
@@ -87,7 +88,7 @@ def build_projector(
         p=p,
         stream=second,
         inner=second,
-        device=_device(device),
+        device=usable_device(device),
         dtype=dtype,
         backend=backend,
         mask=Mask.load(mask) if isinstance(mask, (str, Path)) else mask,
@@ -175,12 +176,3 @@ def _parse(spec: str | StageSpec | CompressionSpec) -> CompressionSpec:
     if isinstance(spec, StageSpec):
         return CompressionSpec(StageSpec("identity"), spec)
     return CompressionSpec.parse(spec)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """The device with its index, so that it compares equal to a tensor's."""
-    try:
-        return torch.empty(0, device=device).device
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {str(device)!r} is not usable here ({reason}); use 'cpu' or 'cuda'") from error

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from grass_lib.report.record import load_record
 
@@ -180,7 +180,7 @@ def _parsed(source: str) -> ast.Module:
 def _noted(tree: ast.Module) -> dict[str, str]:
     """Notes of variables and of their attributes: ``run.note("loss", loss)``, ``run.note("facts", found.facts)``."""
     return {
-        ast.unparse(node.args[1]): node.args[0].value
+        ast.unparse(node.args[1]): str(node.args[0].value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -191,8 +191,8 @@ def _noted(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def _is_attribute(node: ast.AST) -> bool:
-    """Whether it is an attribute of a variable."""
+def _is_attribute(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    """Whether it is an attribute of a variable, without more between them."""
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
 
 

@@ -33,6 +33,7 @@ from grass_lib.store.formats import Rows, empty_rows
 from grass_lib.store.lock import creation_lock, remove_creation_lock, worker_lock
 from grass_lib.store.manifest import SCALES, Manifest
 from grass_lib.store.merging import merge_stores
+from grass_lib.store.place import store_folder
 from grass_lib.store.reader import stream_shards
 from grass_lib.store.shards import (
     Problem,
@@ -116,7 +117,7 @@ class GradientStore(Store):
             provenance=provenance,
             low_rank=low_rank,
         )
-        folder = Path(path)
+        folder = store_folder(path, "path")
         return cls(folder, _placed(folder, manifest))
 
     @classmethod

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from grass_lib.attribution import topk
-from grass_lib.attribution.ranking import TopKMerge
+from grass_lib.attribution.ranking import TopKMerge, checked_k
 from grass_lib.errors import UsageError
 
 
@@ -60,3 +61,31 @@ def test_merging_refuses_what_cannot_be_ranked():
         merge.result()
     with pytest.raises(UsageError, match="NaN"):
         merge.update(torch.full((4, 2), torch.nan))
+
+
+def test_arrays_and_lists_are_ranked():
+    scores = torch.tensor([[1.0, 5.0], [3.0, 4.0], [2.0, 6.0]])
+    expected = topk(scores, 2)
+    for given in (scores.tolist(), scores.numpy()):
+        assert torch.equal(topk(given, np.int64(2)).indices, expected.indices)
+    assert checked_k(np.int64(2), 3) == 2
+
+
+@pytest.mark.parametrize("k", [2.5, 2.0, True, "2", None])
+def test_k_is_a_whole_number(k):
+    with pytest.raises(UsageError, match=f"k is {k!r}; expected a whole number between 1 and 3"):
+        topk(torch.zeros(3, 2), k)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"sjlt-8": torch.zeros(3, 2)}, "a dict with the keys 'sjlt-8'; expected one tensor .* select one"),
+        (None, "scores are a NoneType, which is no matrix of numbers"),
+        ([[1.0], [2.0, 3.0]], "scores are a list, which is no matrix of numbers"),
+        (torch.zeros(3, 2, dtype=torch.complex64), "complex64; expected real numbers"),
+    ],
+)
+def test_other_scores_are_refused(scores, message):
+    with pytest.raises(UsageError, match=message):
+        topk(scores, 1)

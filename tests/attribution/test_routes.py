@@ -51,6 +51,20 @@ def run(route, dtype=torch.float64, name="mlp", batch_size=4, method=TRAK, **opt
     return attributor, attributor.attribute(query)
 
 
+@pytest.mark.parametrize("method", [TRAK, TracIn, GradientCosine])
+def test_masks_that_no_spec_takes_are_refused(method):
+    model, mask = zoo.make_model("mlp"), masks()["selective_grass_2-5"]
+    for given in (mask, [mask, mask], {"a/output": mask}):
+        with pytest.raises(UsageError, match=r"masks are given, and 'sjlt-8' takes none; leave them out, or use a"):
+            method(model, states("mlp"), projection="sjlt-8", masks=given)
+    specs = ["sjlt-8", "selective_grass_2-5"]
+    with pytest.raises(UsageError, match="'sjlt-8' takes none"):
+        method(model, states("mlp"), specs=specs, masks={spec: mask for spec in specs})
+    assert method(model, states("mlp"), specs=specs, masks=mask).n_train == 0
+    assert method(model, states("mlp"), specs=specs, masks=masks()).n_train == 0
+    assert method(model, states("mlp"), projection="sjlt-8", masks={}).n_train == 0
+
+
 @pytest.mark.parametrize("convention", ["relative", "paper"])
 def test_scores_and_features_are_those_of_full_gradients(convention):
     full, expected = run("full", convention=convention)

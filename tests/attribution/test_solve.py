@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from grass_lib.attribution import damped_scores
-from grass_lib.attribution.solve import METHODS, shifted_solves
+from grass_lib.attribution.solve import METHODS, damping_grid, shifted_solves
 from grass_lib.errors import GrassError, UsageError
 
 GRID = [1e-7, 1e-4, 1e-2, 0.1, 1.0, 100.0]
@@ -55,6 +56,19 @@ def test_blocks_change_nothing(monkeypatch, n, k, budget):
     whole = damped_scores(train, query, GRID)
     monkeypatch.setattr("grass_lib.attribution.solve._BLOCK_BYTES", budget)
     torch.testing.assert_close(damped_scores(train, query, GRID), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("damping", [None, "a", "0.1", [0.1, "x"], True, [True], {0.1: 1}, torch.tensor([[0.1, 0.2]])])
+def test_what_is_no_damping_is_refused(damping):
+    with pytest.raises(UsageError, match=r"damping is .*; expected a number above 0, for example 0\.1, or a list of"):
+        damping_grid(damping)
+
+
+def test_numbers_of_any_kind_are_dampings():
+    assert damping_grid(1) == damping_grid(np.float32(1)) == damping_grid(np.array(1.0)) == ([1.0], True)
+    assert damping_grid(torch.tensor(1.0)) == ([1.0], True)
+    for grid in ((1, 2.0), [torch.tensor(1), np.float32(2)], np.array([1, 2]), torch.tensor([1.0, 2.0]), range(1, 3)):
+        assert damping_grid(grid) == ([1.0, 2.0], False)
 
 
 def test_out_is_added_to():

@@ -7,7 +7,7 @@ from banks import random_bank
 from scipy.stats import spearmanr
 
 from grass_lib.errors import UsageError
-from grass_lib.evaluation import BankPlan, RetrainingBank, lds, noise_ceiling
+from grass_lib.evaluation import BankPlan, RetrainingBank, choose_damping, lds, lds_difference, noise_ceiling
 
 
 def loop_lds(scores, bank):
@@ -30,6 +30,18 @@ def additive_bank(noise=0.0, n_models=40, n_query=12, seed=0):
     signal = subsets.double() @ influence
     outputs = signal[:, None] + noise * signal.std(dim=0) * torch.randn(n_models, 2, n_query, generator=generator)
     return RetrainingBank(subsets, outputs), influence
+
+
+def test_arrays_give_what_tensors_give():
+    bank = random_bank()
+    scores = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(lds(scores.numpy(), bank).per_query, lds(scores, bank).per_query)
+    both = lds_difference([scores.numpy()], [-scores], bank), lds_difference([scores], [-scores], bank)
+    assert both[0].by_pair == both[1].by_pair
+    grid = torch.stack([scores, -scores])
+    assert choose_damping(grid.numpy(), [0.1, 1.0], bank, None) == choose_damping(grid, [0.1, 1.0], bank, None)
+    with pytest.raises(UsageError, match=r"a dict with the keys 'sjlt-8'; expected one tensor"):
+        lds({"sjlt-8": scores}, bank)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

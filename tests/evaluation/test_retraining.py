@@ -16,7 +16,7 @@ import pytest
 import torch
 from banks import FINGERPRINT, PLAN, TinyTrainer, tiny_bank
 
-from grass_lib.errors import BankError
+from grass_lib.errors import BankError, UsageError
 from grass_lib.evaluation import BankPlan, RetrainingBank, TrainedGroup, load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +195,19 @@ def test_a_manifest_that_was_edited(tmp_path):
     path.write_text(json.dumps({**content, "plan": {**content["plan"], "extra": 9}}))
     with pytest.raises(BankError, match=r"manifest\.json is damaged"):
         RetrainingBank.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("returned", "seen"),
+    [
+        (torch.zeros(2, 3), "a Tensor"),
+        (None, "a NoneType"),
+        (TrainedGroup([[0.0]]), "a TrainedGroup whose outputs are a list"),
+    ],
+)
+def test_a_trainer_that_returns_something_else_is_told_what_to_return(returned, seen, tmp_path):
+    with pytest.raises(UsageError, match=rf"returned {seen}; expected a grass_lib\.evaluation\.TrainedGroup"):
+        tiny_bank(tmp_path, lambda subsets, members: returned)
 
 
 def test_full_disk(tmp_path, monkeypatch):

@@ -1,9 +1,15 @@
+import functools
+
 import pytest
 import torch
 import zoo
+from torch import nn
 
-from grass_lib.errors import UsageError
-from grass_lib.gradients import cross_entropy, margin, margin_weight
+from grass_lib import TRAK, InfluenceFunction, TracIn
+from grass_lib.errors import GrassError, UsageError
+from grass_lib.gradients import MaskedGradients, PerSampleGradients, causal_loss, cross_entropy, margin, margin_weight
+from grass_lib.gradients.outputs import check_output
+from grass_lib.masks.layer_samples import collect
 
 
 def test_margin_is_the_log_odds_of_the_right_class():
@@ -56,6 +62,78 @@ def test_dict_batches_go_in_by_name():
 def test_what_does_not_fit_is_named(logits, labels, message):
     with pytest.raises(UsageError, match=message):
         margin(lambda x: x, (logits, labels))
+
+
+@pytest.mark.parametrize("label", [3, 7, -1, -100])
+def test_a_label_that_is_no_class_is_refused_also_under_vmap(label):
+    logits, labels = torch.zeros(4, 3), torch.tensor([0, 2, label, 1])
+    message = rf"{label} is out of bounds.*expected class numbers from 0 to 2.*-100 neither"
+    with pytest.raises(UsageError, match=message):
+        margin(lambda x: x, (logits, labels))
+    samples = (zoo.make_samples("mlp", 4)[0], labels)
+    with pytest.raises(UsageError, match=message):
+        PerSampleGradients(zoo.make_model("mlp"), margin)(None, samples)
+    with pytest.raises(UsageError, match=message):
+        MaskedGradients(zoo.make_model("mlp"), margin, torch.arange(9))(None, samples)
+
+
+@pytest.mark.parametrize("gradients", [PerSampleGradients, lambda *given: MaskedGradients(*given, torch.arange(9))])
+@pytest.mark.parametrize("label", [7, -100])
+def test_a_label_that_cannot_be_looked_at_makes_its_sample_nan(label, gradients, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 2, label, 1])
+    found = margin(lambda x: x, (logits, labels))
+    assert found.isnan().tolist() == [False, False, True, False]
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.isnan().all(dim=1).tolist() == gradient.isnan().any(dim=1).tolist() == [False, False, True, False]
+    with pytest.raises(GrassError, match=r"1 sample\(s\) is not finite, at position\(s\) 2"):
+        gradients(zoo.make_model("mlp"), margin)(None, (zoo.make_samples("mlp", 4)[0], labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_margin_keeps_the_type_of_the_logits(dtype):
+    assert margin(lambda x: x, (torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 1]))).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("output", "seen"),
+    [
+        (None, "None"),
+        ("margin", "'margin'"),
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss, which takes predictions and labels"),
+        (nn.MSELoss, "MSELoss, which takes"),
+        (type("Own", (nn.NLLLoss,), {})(), "Own, which takes"),
+        (nn.functional.cross_entropy, "cross_entropy, which takes"),
+    ],
+)
+def test_losses_of_another_form_are_refused_where_they_are_given(output, seen):
+    model = zoo.make_model("mlp")
+    form = r".*expected a function {}\(model, batch\) -> \(batch,\).*grass_lib\.gradients\.cross_entropy"
+    calls = {
+        "output": [
+            lambda: PerSampleGradients(model, output),
+            lambda: MaskedGradients(model, output, torch.arange(3)),
+            lambda: TRAK(model, [model.state_dict()], output=output),
+            lambda: TracIn(model, [model.state_dict()], output=output),
+        ],
+        "loss": [lambda: InfluenceFunction(model, output), lambda: collect(model, output, [])],
+        "target": [lambda: InfluenceFunction(model, cross_entropy, target=output or "none")],
+    }
+    for name, places in calls.items():
+        for place in places:
+            shown = "'none'" if name == "target" and output is None else seen
+            with pytest.raises(UsageError, match=f"{name} is {shown}{form.format(name)}"):
+                place()
+
+
+def test_any_other_callable_is_taken():
+    class Module(nn.Module):
+        def forward(self, model, batch):
+            return cross_entropy(model, batch)
+
+    for output in (margin, Module(), functools.partial(causal_loss, reduction="mean"), lambda model, batch: None):
+        check_output(output)
 
 
 def test_batches_without_labels_are_refused():

@@ -1,10 +1,14 @@
 """Mask files: the round trip, every check and damaged files."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grass_lib.errors import UsageError
+from grass_lib.errors import GrassError, UsageError
+from grass_lib.masks.files import save_masks
 from grass_lib.projection import Mask, build_projector
 
 
@@ -24,6 +28,30 @@ def test_round_trip(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mask.safetensors"]
     x = torch.randn(2, 12)
     assert torch.equal(build_projector("selective_mask-3", 12, mask=path)(x), x[:, [1, 4, 9]])
+
+
+SAVES = {"one": lambda path: example().save(path), "several": lambda path: save_masks(path, {"a/output": example()})}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, r"m\.safetensors \(\d+ bytes\) could not be written: the disk .* is full; free some space"),
+        (errno.EROFS, r"m\.safetensors .* could not be written: Read-only file system; make the folder writable"),
+    ],
+)
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+def test_a_refusal_of_the_file_system_is_explained_and_leaves_nothing(save, code, message, tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(code, os.strerror(code))
+
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(GrassError, match=message):
+        save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+    assert path.read_bytes() == b"before"
 
 
 def test_without_scores(tmp_path):

@@ -54,7 +54,7 @@ def test_factored_specs_are_refused(spec):
         ({"p": True}, "p is True; expected"),
         ({"dtype": torch.int64}, "dtype is torch.int64; expected"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, torch, kernel, sjlt, fast_jl"),
-        ({"device": "no_such_device"}, "not usable here"),
+        ({"device": "no_such_device"}, "device is 'no_such_device'; expected cpu or cuda"),
         ({"seed": 1.5}, "seed is 1.5; expected an int"),
         ({"name": None}, "name is None; expected a str"),
         ({"checkpoint": -1}, "checkpoint is -1; expected"),

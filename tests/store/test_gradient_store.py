@@ -196,7 +196,7 @@ def test_places_without_a_store(tmp_path):
     with pytest.raises(StoreError, match=r"there is no gradient store in .*manifest\.json"):
         GradientStore.open(tmp_path / "none")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="could not be written"):
+    with pytest.raises(UsageError, match=r"file', which is a file; expected the path of a folder"):
         create(tmp_path / "file")
 
 
