@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from grass_lib.errors import StoreError, UsageError
+from grass_lib.store.manifest import SOURCE_FIELDS
 
 if TYPE_CHECKING:
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import AttributionTask
     from grass_lib.gradients.maps import LayerMasks
     from grass_lib.ranks import Ranks
-
-SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
 
 
 @dataclass(frozen=True)
