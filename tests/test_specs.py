@@ -208,3 +208,13 @@ def test_lists_of_specs():
     assert parse_specs([]) == []
     with pytest.raises(SpecError, match="it is empty"):
         parse_specs("sjlt-4,,fjlt-2")
+    with pytest.raises(SpecError, match="have sjlt-4 twice"):
+        parse_specs("sjlt-4, fjlt-2, sjlt_1-4")
+
+
+def test_a_second_stage_that_would_be_left_out():
+    for text in ("normal-8*8->sjlt-9999", "random_mask-8*8->sjlt-64"):
+        with pytest.raises(SpecError, match=r"it would be left out; .*nearest valid form: \w+-8\*8->identity"):
+            CompressionSpec.parse(text).check_shorter()
+    for text in ("normal-8*8->sjlt-63", "normal-8*8->identity", "random_mask-8->sjlt-9", "sjlt-9"):
+        CompressionSpec.parse(text).check_shorter()

@@ -112,18 +112,17 @@ def check_specs(values: Mapping[str, Any]) -> None:
         values: parameters by name; ``specs``, ``sparsification``, ``projection`` and ``hessian`` are looked at.
 
     Raises:
-        SpecError: one that cannot be parsed.
+        SpecError: one that cannot be parsed, or that is there twice.
     """
-    from grass_lib.specs import CompressionSpec, StageSpec, parse_hessian
+    from grass_lib.specs import StageSpec, parse_hessian, parse_specs
 
     specs = values.get("specs") or []
     for text in specs.split(",") if isinstance(specs, str) else specs:
-        if text.strip():
-            CompressionSpec.parse(text)
-        else:
+        if not text.strip():
             raise SpecError(
                 f"parameter 'specs' is {specs!r}, with an empty entry; expected specs with one comma between them"
             )
+    parse_specs(specs)
     for name in ("sparsification", "projection"):
         if values.get(name):
             StageSpec.parse(values[name])
