@@ -6,7 +6,7 @@ import sys
 import pytest
 import toy_project
 
-from grass_lib import cli
+from grass_lib import cli, doctor
 from grass_lib.project import project_root, runs_root
 
 
@@ -193,6 +193,22 @@ def test_doctor_says_what_works_and_what_to_do(toy, grass, monkeypatch):
     assert data["good"] is False
     toy.template.write_text("{")
     assert "not a readable notebook" in grass("doctor")[1]
+
+
+def test_doctor_asks_slurm_whether_it_answers(toy, monkeypatch, tmp_path):
+    for name in ("sbatch", "squeue", "scancel", "srun", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/sh\n. " + str(tmp_path / "answer") + "\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "SLURM_SECONDS", 0.5)
+    for answer, good, said in (
+        ("echo main", True, "jobs can be submitted"),
+        ("echo no controller >&2; exit 1", False, "sinfo failed: no controller"),
+        ("exec sleep 20", False, "timed out"),
+    ):
+        (tmp_path / "answer").write_text(answer)
+        fact = next(fact for fact in doctor.machine_facts() if fact.name == "Slurm")
+        assert (fact.good, said in fact.value) == (good, True), fact
 
 
 def test_help_names_every_command_and_the_exit_codes(grass):
