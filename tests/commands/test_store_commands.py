@@ -169,6 +169,12 @@ def test_attribute_prints_and_writes_signed_passages(tmp_path, capsys):
     assert found["opponents"][0]["index"] == int(matrix.argmin())
 
 
+@pytest.mark.parametrize("command", ["info", "verify", "repair"])
+def test_a_mistyped_folder_is_wrong_usage(command, tmp_path, capsys):
+    assert main(["store", command, str(tmp_path / "nowhere")]) == 2
+    assert "there is no gradient store in" in capsys.readouterr().err
+
+
 def test_an_unfinished_store_is_not_asked(tmp_path, capsys):
     cache(tmp_path, "--worker", "1/3")
     assert main(["attribute", "--store", str(tmp_path), "--query", "abc", "-q"]) == 2
