@@ -268,7 +268,9 @@ def ledger(
         bool, typer.Option("--json", help="Print one JSON object per published figure, as a list.")
     ] = False,
     experiment: Annotated[str | None, typer.Option(help="Only this experiment.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Only lds or projection_seconds.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Only lds, projection_seconds or throughput_percent_faster.")
+    ] = None,
 ) -> None:
     """Print every published figure with ours, its interval, a verdict and the reason.
 

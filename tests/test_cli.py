@@ -8,6 +8,8 @@ import toy_project
 
 from grass_lib import cli, doctor
 from grass_lib.project import missing_runs, project_root, runs_root
+from grass_lib.report.claims import THROUGHPUT
+from grass_lib.report.ledger import METRICS
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def test_runs_by_hand_are_mentioned_and_do_not_count(toy, grass):
     assert grass("verify", run.run_id)[0] == 1
 
 
-def test_ledger_json_and_table(toy, grass):
+def test_ledger_json_and_table(toy, grass, monkeypatch):
     code, out, _ = grass("ledger", "--json")
     assert code == 0
     rows = json.loads(out)
@@ -198,6 +200,11 @@ def test_ledger_json_and_table(toy, grass):
     assert "LDS rows: 111 not run" in out
     _, out, _ = grass("ledger", "--json", "--experiment", "mlp_mnist", "--metric", "lds")
     assert len(json.loads(out)) == 15
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = grass("ledger", "--help")
+    for metric in (*METRICS, THROUGHPUT):
+        assert metric in out
+        assert grass("ledger", "--json", "--metric", metric)[0] == 0
 
 
 def test_doctor_says_what_works_and_what_to_do(toy, grass, monkeypatch):

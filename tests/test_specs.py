@@ -1,11 +1,13 @@
 """Spec strings: every parse rule, the round trip, the slug and the errors."""
 
 import dataclasses
+import re
 
 import pytest
+from toy_project import REPOSITORY
 
 from grass_lib.errors import SpecError, UsageError
-from grass_lib.specs import HESSIANS, TYPES, CompressionSpec, StageSpec, parse_hessian, parse_specs
+from grass_lib.specs import FAMILIES, HESSIANS, TYPES, CompressionSpec, StageSpec, parse_hessian, parse_specs
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,13 @@ def test_hessians():
     for bad, nearest in (("efim", "eFIM"), ("IDENTITY", "Identity"), ("ekfac", "eFIM"), (None, "")):
         with pytest.raises(UsageError, match=f"nearest valid form: {nearest}.*Hessians: eFIM, Identity"):
             parse_hessian(bad)
+
+
+def test_every_type_is_in_the_tables_of_the_readme_and_the_book():
+    for file, missing in (("README.md", set()), ("book/method.md", {"identity", "selective_mask", "selective_grass"})):
+        lines = [line for line in (REPOSITORY / file).read_text().splitlines() if line.startswith("| ")]
+        typed = {name for line in lines for name in re.findall(r"`(\w+?)(?:_[cN])?(?:-K)?`", line)}
+        assert set(FAMILIES) - typed == missing, file
 
 
 def test_lists_of_specs():
