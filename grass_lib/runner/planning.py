@@ -12,7 +12,7 @@ from grass_lib.errors import GrassError, RecordError, SpecError, UsageError
 from grass_lib.project import project_root, runs_root
 from grass_lib.report.environment import module_hashes, template_hash
 from grass_lib.runner.parameters import Parameter, check_value, parameter_hash, read_parameters, resolve
-from grass_lib.runner.verify import INTERRUPTED, STATUS, load_status, verify_run
+from grass_lib.runner.verify import INTERRUPTED, STATUS, load_status, verify_run, without_remedy
 
 if TYPE_CHECKING:
     from grass_lib.experiments import Experiment
@@ -320,7 +320,7 @@ def why_pending(planned: PlannedRun) -> str:
     if status.exit_code == INTERRUPTED:
         return "going on with an interrupted run"
     if problems := verify_run(planned.folder):
-        return problems[0]
+        return without_remedy(problems[0])
     if status.parameters != planned.parameters:
         return "the parameters changed"
     if status.data_fingerprint != planned.data_fingerprint:

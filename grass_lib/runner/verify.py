@@ -16,8 +16,8 @@ from grass_lib.report.schema import load_record
 
 STATUS_VERSION = 1
 INTERRUPTED = 130
-_AGAIN = "; run again"
 NOTEBOOK, RECORD, STATUS, PART, LOG = "notebook.ipynb", "record.json", "status.json", "notebook.part.ipynb", "log.txt"
+_AGAIN, _SEE_LOG = "; run again", f"; see {LOG} and run again"
 _SENTINEL = re.compile(rf"^{SENTINEL} (\S+) ([0-9a-f]{{64}})$", re.MULTILINE)
 
 
@@ -91,7 +91,7 @@ def _check_status(folder: Path) -> tuple[list[str], Status | None]:
         return [f"exit code is {INTERRUPTED}, interrupted; run the same command again to go on"], status
     if type(status.exit_code) is not int or status.exit_code != 0:
         why = f" ({status.error})" if status.error else ""
-        return [f"exit code is {status.exit_code}, expected 0{why}; see {LOG} and run again"], status
+        return [f"exit code is {status.exit_code}, expected 0{why}{_SEE_LOG}"], status
     return [], status
 
 
@@ -190,6 +190,15 @@ def in_one_sentence(problems: Sequence[str]) -> str:
     """
     again = any(problem.endswith(_AGAIN) for problem in problems)
     return "; ".join(problem.removesuffix(_AGAIN) for problem in problems) + _AGAIN * again
+
+
+def without_remedy(problem: str) -> str:
+    """What is wrong, for whoever is about to run again anyway.
+
+    Args:
+        problem: as `verify_run` gives it.
+    """
+    return problem.removesuffix(_SEE_LOG).removesuffix(_AGAIN)
 
 
 def unfinished(folder: Path) -> str:

@@ -96,7 +96,9 @@ def test_failed_cell_is_named_and_the_last_good_run_is_kept(toy, finished):
     assert "seed 0 is unlucky" in text_of(folder, "log.txt")
     assert load_status(folder).exit_code == 1
     assert any("exit code is 1" in problem and "unlucky" in problem for problem in verify_run(folder))
-    assert plan(["toy"], given={"act": "raise"})[0].pending.startswith("exit code is 1")
+    pending = plan(["toy"], given={"act": "raise"})[0].pending
+    assert pending.startswith("exit code is 1")
+    assert "run again" not in pending
 
     # The very same run, good before, fails now: what was finished stays in previous/ and nothing counts as finished.
     toy.write("1 / 0")
