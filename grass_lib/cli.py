@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from grass_lib.bench.command import app as bench_app
-from grass_lib.cli_output import console_for, near, show_doctor, show_ledger, show_outcome, show_plan
+from grass_lib.cli_output import console_for, near, show_doctor, show_ledger, show_outcome, show_plan, show_start
 from grass_lib.commands.attribute import attribute
 from grass_lib.commands.jobs import app as jobs_app
 from grass_lib.commands.masks import masks
@@ -42,10 +42,11 @@ _RUN_HELP = (
 )
 _VERIFY_HELP = (
     "Check that runs are whole: exit code, executed cells, no errors, the sentinel, the record.\n\n"
-    "Without arguments, looks at everything below runs/ and book/measured/; runs made by hand in Jupyter are only "
-    "mentioned."
+    "Without arguments, looks at everything below runs/ and book/measured/; runs that failed or never ended, and those "
+    "made by hand in Jupyter, are only mentioned."
 )
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(
     name="grass",
     help=_HELP,
@@ -196,10 +197,10 @@ def run(
     runnable = [item for item in planned if not item.problems or (item.finished and not force)]
     if not runnable:
         raise UsageError("; ".join(f"{item.experiment}: {'; '.join(item.problems)}" for item in planned))
+    jobs = jobs or 1
+    preflight(jobs, dry=dry_run)
     if dry_run:
         return
-    jobs = jobs or 1
-    preflight(jobs)
     try:
         with _terminable():
             outcomes = _execute(planned, jobs, force, progress=not quiet)
@@ -211,13 +212,11 @@ def run(
 
 
 def _execute(planned: Sequence[PlannedRun], jobs: int, force: bool, *, progress: bool) -> list[Outcome]:
-    pending = [item for item in planned if (force or not item.finished) and not item.problems]
-    for item in pending if progress else ():
-        why = f"{item.run_id} ({item.pending or 'forced'})"
-        console_for(stderr=True).print(
-            f"running   {escape(why)}; to follow: tail -f {escape(near(item.folder / 'log.txt'))}"
-        )
-    return run_all(planned, jobs=jobs, force=force, progress=progress, report=show_outcome)
+    def started(item: PlannedRun) -> None:
+        if progress:
+            show_start(item)
+
+    return run_all(planned, jobs=jobs, force=force, progress=progress, report=show_outcome, started=started)
 
 
 @app.command(help=_VERIFY_HELP)
@@ -227,32 +226,38 @@ def verify(
     ] = None,
 ) -> None:
     """Check that runs are whole."""
+    from grass_lib.project import missing_runs
     from grass_lib.runner.collect import find_run, is_manual, run_folders
-    from grass_lib.runner.verify import verify_run
+    from grass_lib.runner.verify import in_one_sentence, unfinished, verify_run
 
     folders = [find_run(name) for name in runs] if runs else run_folders()
-    bad = 0
+    bad = looked_at = 0
     for folder in folders:
         if not runs and is_manual(folder):
             typer.echo(f"manual  {near(folder)}: made by hand, does not count")
-            continue
-        problems = verify_run(folder)
-        bad += bool(problems)
-        typer.echo(
-            f"{'BAD' if problems else 'ok':<7} {near(folder)}" + (f": {'; '.join(problems)}" if problems else "")
-        )
-    if not folders:
+        elif not runs and (why := unfinished(folder)):
+            typer.echo(f"open    {near(folder)}: does not count, {why}")
+        else:
+            problems = verify_run(folder)
+            looked_at, bad = looked_at + 1, bad + bool(problems)
+            said = f": {in_one_sentence(problems)}" if problems else ""
+            typer.echo(f"{'BAD' if problems else 'ok':<7} {near(folder)}{said}")
+    if not runs and (missing := missing_runs()):
+        typer.echo(missing)
+    elif not folders:
         typer.echo("no runs; make one with `grass run`")
     if bad:
-        raise GrassError(f"{bad} of {len(folders)} runs do not verify; make them again with `grass run`")
+        raise GrassError(f"{bad} of {looked_at} runs do not verify; what to do is said with each of them")
 
 
 @app.command()
 def book() -> None:
     """Build the book from the newest verified runs, and print the path of its first page."""
-    from grass_lib.project import project_root
+    from grass_lib.project import missing_runs, project_root
     from grass_lib.report.book import build
 
+    if missing := missing_runs():
+        logger.warning("%s", missing)
     index = build(project_root(), strict=True)
     typer.echo(f"the book is at {near(index)}")
 
@@ -263,7 +268,9 @@ def ledger(
         bool, typer.Option("--json", help="Print one JSON object per published figure, as a list.")
     ] = False,
     experiment: Annotated[str | None, typer.Option(help="Only this experiment.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Only lds or projection_seconds.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Only lds, projection_seconds or throughput_percent_faster.")
+    ] = None,
 ) -> None:
     """Print every published figure with ours, its interval, a verdict and the reason.
 

@@ -47,6 +47,13 @@ def show_plan(planned: Sequence[PlannedRun], force: bool) -> None:
             console_for().print("  " + ", ".join(f"{name}={item.parameters[name]!r}" for name in item.changed))
 
 
+def show_start(planned: PlannedRun) -> None:
+    """Prints that a run begins, and why."""
+    why = f"{planned.run_id} ({planned.pending or 'forced'})"
+    log = near(planned.folder / "log.txt")
+    console_for(stderr=True).print(f"running   {escape(why)}; to follow: tail -f {escape(log)}")
+
+
 def show_outcome(outcome: Outcome) -> None:
     """Prints how a run ended."""
     console = console_for(stderr=True)
@@ -56,7 +63,7 @@ def show_outcome(outcome: Outcome) -> None:
     elif outcome.state == "skipped":
         console.print(f"[green]skipped[/]   {name}: {escape(outcome.message)} ({escape(near(outcome.planned.folder))})")
     else:
-        log = f" (log: {near(outcome.log)})" if outcome.log.exists() else ""
+        log = f" (log: {near(outcome.log)})" if outcome.log.exists() and outcome.state != "busy" else ""
         console.print(f"[red]{outcome.state:<9}[/] {name}: {escape(outcome.message)}{escape(log)}")
 
 

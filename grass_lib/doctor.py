@@ -20,6 +20,8 @@ from grass_lib.errors import GrassError, UsageError
 from grass_lib.project import project_root, runs_root
 from grass_lib.report.environment import cpu_count, device_facts, memory_bytes
 
+#: How long Slurm has to answer.
+SLURM_SECONDS = 5
 #: Free space in bytes below which runs are likely to fill the disk.
 LITTLE_SPACE = 2 * 10**9
 NEEDED = {
@@ -187,7 +189,7 @@ def _project() -> list[Fact]:
 
 
 def _slurm() -> Fact:
-    from grass_lib.cluster.queue import require_slurm
+    from grass_lib.cluster.queue import call, require_slurm
     from grass_lib.cluster.settings import load_settings
     from grass_lib.runner.planning import experiments_by_name
 
@@ -199,6 +201,10 @@ def _slurm() -> Fact:
         load_settings(project_root(), (), experiments_by_name())
     except UsageError as error:
         return Fact("Slurm", str(error), False, "correct it; book/reproduce.md says what it may hold")
+    try:
+        call(["sinfo", "--noheader", "--format=%P"], seconds=SLURM_SECONDS)
+    except GrassError as error:
+        return Fact("Slurm", str(error), False, "--executor slurm does not work here until it answers")
     return Fact("Slurm", f"jobs can be submitted, submitit {_version('submitit')}", True)
 
 

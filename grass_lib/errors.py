@@ -33,5 +33,13 @@ class StoreError(GrassError):
     """A gradient store that is damaged, incomplete, of another fingerprint, or cannot be written."""
 
 
+class NoStoreError(StoreError, UsageError):
+    """A folder without a gradient store was named."""
+
+
+class BusyError(GrassError):
+    """Another process is at work on the same thing."""
+
+
 class BaselineError(GrassError):
     """Another system, run for comparison, failed or was killed in its own process."""

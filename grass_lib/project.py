@@ -59,3 +59,15 @@ def runs_root(root: Path | None = None) -> Path:
         return folder
     root = root or project_root()
     return (root if (root / "notebooks").is_dir() else Path.cwd().resolve()) / "runs"
+
+
+def missing_runs() -> str:
+    """What to say to somebody who looks for runs in a folder that is not there; empty where ``GRASS_RUNS`` is none.
+
+    Raises:
+        UsageError: ``GRASS_RUNS`` is a file.
+    """
+    named = os.environ.get("GRASS_RUNS")
+    if not named or runs_root().is_dir():
+        return ""
+    return f"GRASS_RUNS is {named!r}, which does not exist, so no run of yours is found; correct it, or unset it"

@@ -250,6 +250,21 @@ class CompressionSpec:
         second = projection if isinstance(projection, StageSpec) else StageSpec.parse(projection)
         return cls(first, second)
 
+    def check_shorter(self) -> None:
+        """Checks that stage 2 makes the gradient of a layer shorter; where it would not, it is left out there.
+
+        Raises:
+            SpecError: It would be left out for every layer, and the compression be another one than its name says.
+        """
+        first, second = self.sparsification, self.projection
+        if first.is_factored and first.k is not None and second.k is not None and second.k >= first.k:
+            raise _error(
+                str(self),
+                f"stage 2 has {second.k} outputs and stage 1 only {first.k}, so it would be left out; expected a "
+                "smaller stage 2, or identity",
+                f"{first}->identity",
+            )
+
     @property
     def k(self) -> int | None:
         """Final output size (per layer for factored specs); None when both stages are identity."""
@@ -286,10 +301,14 @@ def parse_specs(text: str | Iterable[str | CompressionSpec]) -> list[Compression
         The specs in their order.
 
     Raises:
-        SpecError: One of them cannot be parsed, or an entry is empty.
+        SpecError: One of them cannot be parsed, an entry is empty, or a compression is there twice.
     """
     entries = text.split(",") if isinstance(text, str) and text.strip() else [] if isinstance(text, str) else list(text)
-    return [entry if isinstance(entry, CompressionSpec) else CompressionSpec.parse(entry) for entry in entries]
+    parsed = [entry if isinstance(entry, CompressionSpec) else CompressionSpec.parse(entry) for entry in entries]
+    twice = next((spec for place, spec in enumerate(parsed) if spec in parsed[:place]), None)
+    if twice is not None:
+        raise SpecError(f"the specs have {twice} twice; expected every compression once, so leave one of them out")
+    return parsed
 
 
 def parse_hessian(text: str) -> str:

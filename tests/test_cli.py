@@ -6,8 +6,10 @@ import sys
 import pytest
 import toy_project
 
-from grass_lib import cli
-from grass_lib.project import project_root, runs_root
+from grass_lib import cli, doctor
+from grass_lib.project import missing_runs, project_root, runs_root
+from grass_lib.report.claims import THROUGHPUT
+from grass_lib.report.ledger import METRICS
 
 
 @pytest.fixture
@@ -94,8 +96,23 @@ def test_unusable_project_and_runs_folder(toy, grass, monkeypatch, tmp_path):
     code, _, errors = grass("run")
     assert (code, "is not a folder" in errors) == (2, True)
     monkeypatch.setenv("GRASS_RUNS", "/proc/nothing")
-    code, _, errors = grass("run")
-    assert (code, "set GRASS_RUNS to one that can" in errors) == (2, True)
+    for words in (["run"], ["run", "--dry-run"]):
+        code, _, errors = grass(*words)
+        assert (code, "set GRASS_RUNS to one that can" in errors) == (2, True)
+
+
+def test_a_mistyped_runs_folder_is_named(toy, grass, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("GRASS_RUNS", str(tmp_path / "none" / "runs"))
+    said = f"GRASS_RUNS is '{tmp_path / 'none' / 'runs'}', which does not exist"
+    code, out, _ = grass("verify")
+    assert (code, said in out) == (0, True)
+    monkeypatch.setattr("grass_lib.report.book.build", lambda root, strict: root)
+    code, _, _ = grass("book")
+    assert code == 0
+    assert said in caplog.text
+    toy.runs.mkdir()
+    monkeypatch.setenv("GRASS_RUNS", str(toy.runs))
+    assert missing_runs() == ""
 
 
 def test_scale_that_does_not_work_here(toy, grass):
@@ -120,16 +137,25 @@ def test_run_skip_fail_and_verify(toy, grass):
     assert "seed 0 is unlucky (log: runs/toy-embedded-" in errors
     assert "error: 1 of 1 runs failed" in errors
 
-    code, out, errors = grass("verify")
-    assert code == 1
+    code, out, _ = grass("verify")
+    assert code == 0, "a failed run was never finished"
     assert sum(line.startswith("ok ") for line in out.splitlines()) == 1
-    assert out.count("BAD") == 1
-    assert "error: 1 of 2 runs do not verify" in errors
+    failed = next(line for line in out.splitlines() if line.startswith("open"))
+    assert "does not count, exit code is 1, expected 0 (code cell 4 raised" in failed
+    assert failed.count("run again") == 1
+    code, out, errors = grass("verify", failed.split()[1].rstrip(":"))
+    assert (code, out.count("BAD"), out.count("run again")) == (1, 1, 1)
+    assert "error: 1 of 1 runs do not verify" in errors
+    _, out, _ = grass("verify")
     good = next(line.split()[1] for line in out.splitlines() if line.startswith("ok"))
     assert grass("verify", good)[0] == 0
     assert grass("verify", good.removeprefix("runs/"))[0] == 0
+    (toy.runs.parent / good / "record.json").unlink()
+    code, out, errors = grass("verify")
+    assert (code, out.count("BAD")) == (1, 1)
+    assert "error: 1 of 1 runs do not verify" in errors
     code, _, errors = grass("verify", "nosuch")
-    assert code == 1
+    assert code == 2
     assert "there is no run 'nosuch'; there are toy-embedded-" in errors
 
 
@@ -162,7 +188,7 @@ def test_runs_by_hand_are_mentioned_and_do_not_count(toy, grass):
     assert grass("verify", run.run_id)[0] == 1
 
 
-def test_ledger_json_and_table(toy, grass):
+def test_ledger_json_and_table(toy, grass, monkeypatch):
     code, out, _ = grass("ledger", "--json")
     assert code == 0
     rows = json.loads(out)
@@ -174,6 +200,11 @@ def test_ledger_json_and_table(toy, grass):
     assert "LDS rows: 111 not run" in out
     _, out, _ = grass("ledger", "--json", "--experiment", "mlp_mnist", "--metric", "lds")
     assert len(json.loads(out)) == 15
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = grass("ledger", "--help")
+    for metric in (*METRICS, THROUGHPUT):
+        assert metric in out
+        assert grass("ledger", "--json", "--metric", metric)[0] == 0
 
 
 def test_doctor_says_what_works_and_what_to_do(toy, grass, monkeypatch):
@@ -193,6 +224,22 @@ def test_doctor_says_what_works_and_what_to_do(toy, grass, monkeypatch):
     assert data["good"] is False
     toy.template.write_text("{")
     assert "not a readable notebook" in grass("doctor")[1]
+
+
+def test_doctor_asks_slurm_whether_it_answers(toy, monkeypatch, tmp_path):
+    for name in ("sbatch", "squeue", "scancel", "srun", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/sh\n. " + str(tmp_path / "answer") + "\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "SLURM_SECONDS", 0.5)
+    for answer, good, said in (
+        ("echo main", True, "jobs can be submitted"),
+        ("echo no controller >&2; exit 1", False, "sinfo failed: no controller"),
+        ("exec sleep 20", False, "timed out"),
+    ):
+        (tmp_path / "answer").write_text(answer)
+        fact = next(fact for fact in doctor.machine_facts() if fact.name == "Slurm")
+        assert (fact.good, said in fact.value) == (good, True), fact
 
 
 def test_help_names_every_command_and_the_exit_codes(grass):

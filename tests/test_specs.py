@@ -1,11 +1,13 @@
 """Spec strings: every parse rule, the round trip, the slug and the errors."""
 
 import dataclasses
+import re
 
 import pytest
+from toy_project import REPOSITORY
 
 from grass_lib.errors import SpecError, UsageError
-from grass_lib.specs import HESSIANS, TYPES, CompressionSpec, StageSpec, parse_hessian, parse_specs
+from grass_lib.specs import FAMILIES, HESSIANS, TYPES, CompressionSpec, StageSpec, parse_hessian, parse_specs
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,13 @@ def test_hessians():
             parse_hessian(bad)
 
 
+def test_every_type_is_in_the_tables_of_the_readme_and_the_book():
+    for file, missing in (("README.md", set()), ("book/method.md", {"identity", "selective_mask", "selective_grass"})):
+        lines = [line for line in (REPOSITORY / file).read_text().splitlines() if line.startswith("| ")]
+        typed = {name for line in lines for name in re.findall(r"`(\w+?)(?:_[cN])?(?:-K)?`", line)}
+        assert set(FAMILIES) - typed == missing, file
+
+
 def test_lists_of_specs():
     pair = CompressionSpec.parse("random_mask-8->sjlt-4")
     assert parse_specs("sjlt-4, random_mask-8->sjlt-4") == [CompressionSpec.parse("sjlt-4"), pair]
@@ -208,3 +217,13 @@ def test_lists_of_specs():
     assert parse_specs([]) == []
     with pytest.raises(SpecError, match="it is empty"):
         parse_specs("sjlt-4,,fjlt-2")
+    with pytest.raises(SpecError, match="have sjlt-4 twice"):
+        parse_specs("sjlt-4, fjlt-2, sjlt_1-4")
+
+
+def test_a_second_stage_that_would_be_left_out():
+    for text in ("normal-8*8->sjlt-9999", "random_mask-8*8->sjlt-64"):
+        with pytest.raises(SpecError, match=r"it would be left out; .*nearest valid form: \w+-8\*8->identity"):
+            CompressionSpec.parse(text).check_shorter()
+    for text in ("normal-8*8->sjlt-63", "normal-8*8->identity", "random_mask-8->sjlt-9", "sjlt-9"):
+        CompressionSpec.parse(text).check_shorter()

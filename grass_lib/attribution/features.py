@@ -17,6 +17,7 @@ from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import Checkpoint, ParameterFilter, check_fit, checkpoint_shapes, load_checkpoint
 from grass_lib.gradients.stream import PassTimings, clock, progress_bar, project_loader, sample_count
 from grass_lib.projection import Mask, Projector, build_projector
+from grass_lib.rng import check_seed
 from grass_lib.specs import CompressionSpec
 
 MaskSource: TypeAlias = Mask | str | Path
@@ -111,6 +112,7 @@ class FeatureAttributor:
         """
         if dtype not in FEATURE_DTYPES:
             raise UsageError(f"dtype is {dtype}; expected one of {', '.join(map(str, FEATURE_DTYPES))}.")
+        check_seed(seed)
         pair = specs is None
         self.specs = _parse_specs(specs, sparsification, projection)
         refuse_unused_masks(self.specs, masks)

@@ -62,14 +62,18 @@ def require_slurm() -> None:
         )
 
 
-def call(words: Sequence[str]) -> str:
+def call(words: Sequence[str], *, seconds: float = _SECONDS) -> str:
     """Output of a command of Slurm.
 
+    Args:
+        words: The command.
+        seconds: How long it may take.
+
     Raises:
-        GrassError: It failed or took more than a minute.
+        GrassError: It failed or took longer.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GrassError(f"{words[0]} does not work here: {error}; see whether Slurm answers: sinfo") from error
     if done.returncode:

@@ -87,10 +87,12 @@ def planned_masks(
         UsageError: Something cannot work.
     """
     from grass_lib.project import project_root
+    from grass_lib.rng import check_seed
     from grass_lib.runner.parameters import read_parameters, resolve
     from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
     from grass_lib.specs import StageSpec
 
+    check_seed(seed, "--seed")
     (name,) = check_names([experiment])
     found = experiments_by_name()[name]
     able = [key for key, item in experiments_by_name().items() if key in FLAT or item.attribution_task is not None]

@@ -102,6 +102,7 @@ def run_on_slurm(
     for item in planned:
         for problem in item.problems[:1]:
             say(f"{item.run_id}: on this machine {problem}; its job looks again on its node")
+    preflight(1, dry=dry_run)
     if dry_run:
         groups = grouped(planned, settings, force, parallel)
         pending = {item.run_id for group in groups.values() for item in group}
@@ -113,7 +114,6 @@ def run_on_slurm(
             for item in group:
                 typer.echo(f"  {item.run_id} ({item.pending or 'forced'})")
         return
-    preflight(1)
     submitted = submit_runs(planned, settings, force=force, parallel=parallel)
     for item in submitted:
         if item.job is not None:

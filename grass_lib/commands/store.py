@@ -77,8 +77,8 @@ def verify(store: StorePath, quiet: Quiet = False) -> None:
         typer.echo(f"shard {problem.number}: {problem.kind}: {problem.message}")
     if problems:
         raise StoreError(
-            f"{len(problems)} of {found.n_shards} shards are not as they should be; `grass store repair {store}` "
-            "computes only these again"
+            f"{len(problems)} of {found.n_shards} shards are not as they should be; "
+            f"{found.manifest.remedy(store, [problem.number for problem in problems])}"
         )
     typer.echo(f"all {found.n_shards} shards are as they were written")
 
@@ -87,7 +87,8 @@ def verify(store: StorePath, quiet: Quiet = False) -> None:
 def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> None:
     """Compute missing and damaged shards again, and only these.
 
-    Those of a store that `grass store compress` made come from its parent.
+    Those of a store that `grass store compress` made come from its parent. A store made from Python does not say what
+    it was cached from: its damaged shards are removed, and cache() of the object that made it computes them.
     """
     from grass_lib.commands.compress import compress_again, compression_parent
     from grass_lib.commands.tasks import StoreSource, influence_of
@@ -99,7 +100,7 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
         typer.echo(f"all {found.n_shards} shards are as they were written; nothing to do")
         return
     compressed = found.manifest.parent() is not None
-    source = None if compressed else StoreSource.of_store(found)
+    source = StoreSource.of_store(found) if found.manifest.repairable and not compressed else None
     parent = compression_parent(found) if compressed else None
     for problem in problems:
         typer.echo(f"shard {problem.number}: {problem.kind}")
@@ -110,6 +111,12 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
     elif source is not None:
         task, influence = influence_of(source, store, shard_size=found.shard_size, device=device, progress=not quiet)
         influence.cache(task.train, n_samples=task.n_train)
+    else:
+        typer.echo(
+            f"{store} does not say what it was cached from, so {len(problems)} of {found.n_shards} shards are missing "
+            "now; call cache() of the object that made it, which computes only these"
+        )
+        return
     typer.echo(f"computed {len(problems)} of {found.n_shards} shards again")
 
 

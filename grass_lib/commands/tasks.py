@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from grass_lib.errors import StoreError, UsageError
+from grass_lib.store.manifest import SOURCE_FIELDS
 
 if TYPE_CHECKING:
     from grass_lib.attribution.influence import InfluenceFunction
     from grass_lib.experiments.base import AttributionTask
     from grass_lib.gradients.maps import LayerMasks
     from grass_lib.ranks import Ranks
-
-SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,13 @@ def planned_source(
     """
     from grass_lib.masks.factored import FACTORED_METHODS
     from grass_lib.project import project_root
+    from grass_lib.rng import check_seed
     from grass_lib.runner.parameters import read_parameters, resolve
     from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
     from grass_lib.specs import CompressionSpec, parse_hessian
     from grass_lib.store.formats import DTYPES
 
+    check_seed(seed, "--seed")
     (name,) = check_names([experiment])
     found = experiments_by_name()[name]
     if found.attribution_task is None:
@@ -119,6 +120,7 @@ def planned_source(
             f"--sparsification is {first}, which is flat; expected a factored one such as {first.family}-16*16, or "
             "identity"
         )
+    spec.check_shorter()
     selective = first.needs_mask_file
     if masks and not selective:
         raise UsageError(f"--masks is for selective masks, and {spec} has none; leave it out")

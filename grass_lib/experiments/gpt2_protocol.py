@@ -101,6 +101,7 @@ class Protocol:
             )
         if spec.projection.needs_mask_file:
             raise SpecError(f"{spec} has a selective mask as its stage 2; masks of layers are a stage 1")
+        spec.check_shorter()
         if not first.is_mask:
             for side in first.dims:
                 # The shortest side of all layers; masks keep what there is, other types may not be able to.

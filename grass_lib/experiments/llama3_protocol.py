@@ -65,7 +65,7 @@ class Protocol:
             specs: A spec; empty for the scale's own.
 
         Raises:
-            SpecError: It cannot be parsed, is not factored or needs mask files.
+            SpecError: It cannot be parsed, is not factored, has a stage 2 that would be left out, or needs mask files.
             UsageError: There is more than one.
         """
         parsed = parse_specs(specs or self.spec)
@@ -78,6 +78,7 @@ class Protocol:
             raise SpecError(
                 f"{parsed[0]} sparsifies whole gradients; expected a factored one such as {first.family}-128*128"
             )
+        parsed[0].check_shorter()
         if parsed[0].needs_mask_file:
             raise SpecError(f"{parsed[0]} needs mask files, and this experiment has none; use random_mask instead")
         return parsed[0]

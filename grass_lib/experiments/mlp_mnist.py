@@ -105,13 +105,18 @@ class Protocol:
             specs: Specs with commas between them; empty for the scale's own.
 
         Raises:
-            SpecError: A spec cannot be parsed, is layer-wise, or needs more coordinates than the model has.
+            SpecError: A spec cannot be parsed, is layer-wise, needs more coordinates than the model has, or a mask.
         """
         parsed = parse_specs(specs or self.specs())
         for spec in parsed:
             if spec.is_factored:
                 raise SpecError(
                     f"{spec} is for layers, and this experiment compresses whole gradients; use a flat spec"
+                )
+            if spec.needs_mask_file:
+                raise SpecError(
+                    f"{spec} needs a fitted mask, and this experiment fits none; expected random_mask or grass, or "
+                    "another experiment, such as resnet9_cifar2 with masks=energy"
                 )
             first = spec.projection if spec.sparsification.is_identity else spec.sparsification
             first.check_input(PARAMETERS)

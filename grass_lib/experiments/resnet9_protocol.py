@@ -110,7 +110,7 @@ class Protocol:
 
         Raises:
             SpecError: A spec cannot be parsed, is layer-wise, or needs more coordinates than the model has.
-            UsageError: A spec is selective, and no masks are to be fitted.
+            UsageError: A spec is selective, and no masks are to be fitted, or none for its second stage.
         """
         parsed = parse_specs(specs or self.specs())
         for spec in parsed:
@@ -120,6 +120,11 @@ class Protocol:
                 )
             first = spec.projection if spec.sparsification.is_identity else spec.sparsification
             first.check_input(self.sizes.parameters)
+            if spec.projection.needs_mask_file and not spec.sparsification.is_identity:
+                raise SpecError(
+                    f"{spec} has a selective type second, and masks are fitted to whole gradients; expected it first, "
+                    "such as selective_mask-K or selective_mask-K->TYPE-DIM"
+                )
             if spec.needs_mask_file and not self.masks:
                 raise UsageError(f"{spec} needs a fitted mask, and masks is ''; expected masks=energy or masks=learned")
         return parsed

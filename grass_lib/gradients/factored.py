@@ -23,6 +23,7 @@ from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
 from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
 from grass_lib.projection import Projector
+from grass_lib.rng import check_seed
 from grass_lib.specs import CompressionSpec
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class FactoredGradients:
         check_output(loss, "loss", "lower is better")
         if dtype not in (torch.float32, torch.float64):
             raise UsageError(f"gradients are given in torch.float32 or torch.float64, not {dtype}")
+        check_seed(seed)
         self.spec = CompressionSpec.parse(sparsification=sparsification, projection=projection)
         first = self.spec.sparsification
         if not (first.is_identity or first.is_factored):

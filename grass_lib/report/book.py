@@ -59,7 +59,9 @@ def _records(folders: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
 
 
 def newest_verified(root: Path, page: Page) -> tuple[Shown | None, list[str]]:
-    """The newest verified run of a pair and scale, from ``runs/`` first and then from ``book/measured/``.
+    """The verified run of a pair and scale that its page shows, from ``runs/`` first and then from ``book/measured/``.
+
+    A run with the notebook's own parameters comes before those with others, and a newer one before an older one.
 
     Args:
         root: root of the repository.
@@ -70,6 +72,7 @@ def newest_verified(root: Path, page: Page) -> tuple[Shown | None, list[str]]:
     """
     from grass_lib.project import runs_root
     from grass_lib.runner import verify_run
+    from grass_lib.runner.collect import has_other_parameters, is_manual
 
     refused: list[str] = []
     runs = runs_root(root)
@@ -80,10 +83,11 @@ def newest_verified(root: Path, page: Page) -> tuple[Shown | None, list[str]]:
     for folders in places:
         candidates = [
             (folder, record)
-            for folder, record in _records(folder for folder in folders if folder.is_dir())
+            for folder, record in _records(folder for folder in folders if folder.is_dir() and not is_manual(folder))
             if (record.experiment, record.scale) == (page.experiment, page.scale)
         ]
-        for folder, record in sorted(candidates, key=lambda item: str(item[1].finished), reverse=True):
+        newest = sorted(candidates, key=lambda item: str(item[1].finished), reverse=True)
+        for folder, record in sorted(newest, key=lambda item: has_other_parameters(item[0])):
             problems = verify_run(folder)
             if not problems:
                 return Shown(page, folder, record), refused

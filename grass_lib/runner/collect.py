@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from grass_lib.errors import GrassError, RecordError
+from grass_lib.errors import RecordError, UsageError
 from grass_lib.project import project_root, runs_root
 from grass_lib.report.schema import RunRecord, load_record
 from grass_lib.runner.verify import NOTEBOOK, PART, RECORD, STATUS, load_status, verify_run
@@ -16,6 +16,14 @@ logger = logging.getLogger(__name__)
 def is_manual(folder: Path) -> bool:
     """Whether a run was made by hand in Jupyter, not by `grass run`: such a run never counts."""
     return not any((folder / name).exists() for name in (STATUS, NOTEBOOK, PART, "run.lock"))
+
+
+def has_other_parameters(folder: Path) -> bool:
+    """Whether a run's parameters, the device aside, are not the notebook's own; False where its stamp is damaged."""
+    try:
+        return bool(set(load_status(folder).changed) - {"device"})
+    except RecordError:
+        return False
 
 
 def run_folders(root: Path | None = None) -> list[Path]:
@@ -41,7 +49,7 @@ def find_run(name: str, root: Path | None = None) -> Path:
         root: the project's root; None looks for it.
 
     Raises:
-        GrassError: there is none.
+        UsageError: there is none.
     """
     root = root or project_root()
     candidates = [runs_root(root) / name, root / "book" / "measured" / name, Path(name)]
@@ -49,7 +57,7 @@ def find_run(name: str, root: Path | None = None) -> Path:
         if folder.is_dir():
             return folder
     known = [folder.name for folder in run_folders(root)]
-    raise GrassError(
+    raise UsageError(
         f"there is no run {name!r}; there are {', '.join(known) if known else 'none, make one with `grass run`'}"
     )
 
@@ -79,7 +87,6 @@ def verified_records(root: Path | None = None, *, scale: str | None = None) -> l
         if problems:
             logger.warning("%s is left out: %s", folder.name, problems[0])
             continue
-        changed = set(load_status(folder).changed) - {"device"}
-        found.append((bool(changed), record))
+        found.append((has_other_parameters(folder), record))
     newest = sorted(found, key=lambda item: item[1].finished, reverse=True)
     return [record for _, record in sorted(newest, key=lambda item: item[0])]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,19 +19,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grass_lib.errors import GrassError, UsageError
+from grass_lib.errors import BusyError, GrassError, UsageError
 from grass_lib.project import package_folder, runs_root
 from grass_lib.report.environment import cpu_count
 from grass_lib.report.files import disk_full_message, file_sha256, is_disk_full, json_bytes, write_atomic
 from grass_lib.runner.lock import run_lock
 from grass_lib.runner.planning import PlannedRun, why_pending
-from grass_lib.runner.verify import LOG, NOTEBOOK, PART, RECORD, STATUS, Status, verify_run
+from grass_lib.runner.verify import (
+    INTERRUPTED,
+    LOG,
+    NOTEBOOK,
+    PART,
+    RECORD,
+    STATUS,
+    Status,
+    in_one_sentence,
+    verify_run,
+)
 
 logger = logging.getLogger(__name__)
 
 PREVIOUS = "previous"
 STOP_SECONDS = 15.0
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Outcome:
 
     Attributes:
         planned: the run.
-        state: ``done``, ``skipped``, ``failed`` or ``interrupted``.
+        state: ``done``, ``skipped``, ``failed``, ``interrupted`` or, where another process executes it, ``busy``.
         message: what failed, or why it was skipped.
         seconds: wall-clock seconds.
     """
@@ -161,6 +171,7 @@ def execute_run(
     position: int = 0,
     progress: bool = True,
     jobs: int = 1,
+    started: Callable[[PlannedRun], Any] = lambda planned: None,
 ) -> Outcome:
     """Executes one run unless an identical one is finished, and verifies it.
 
@@ -171,6 +182,7 @@ def execute_run(
         position: line of its progress bar.
         progress: whether to show one.
         jobs: how many runs share this machine.
+        started: called once nothing is in the way of the run.
 
     Returns:
         How it ended. Everything that happened to the run itself is in there, never raised.
@@ -191,17 +203,18 @@ def execute_run(
         with run_lock(planned.folder) as lock:
             if not force and not why_pending(planned):  # once more: somebody else may have finished it meanwhile
                 return outcome("skipped", "an identical run is finished")
+            started(planned)
             _set_aside(planned.folder)
-            started = _now()
+            begin = _now()
             code, error = _run_worker(
                 planned, lock, stop or threading.Event(), position=position, progress=progress, jobs=jobs
             )
-            _stamp(planned, code, error, started)
+            _stamp(planned, code, error, begin)
             if code == INTERRUPTED:
                 return outcome("interrupted", error or "")
             problems = [error or f"exit code {code}"] if code else verify_run(planned.folder)
             if problems:
-                return outcome("failed", "; ".join(problems))
+                return outcome("failed", in_one_sentence(problems))
             shutil.rmtree(planned.folder / PREVIOUS, ignore_errors=True)
             return outcome("done")
     except OSError as error:
@@ -210,6 +223,8 @@ def execute_run(
         return outcome(
             "failed", f"the run's folder cannot be used ({error}); set GRASS_RUNS to a folder that can be written"
         )
+    except BusyError as error:
+        return outcome("busy", str(error))
     except GrassError as error:
         return outcome("failed", str(error))
 
@@ -241,6 +256,7 @@ def run_all(
     force: bool = False,
     progress: bool = True,
     report: Callable[[Outcome], Any] = lambda outcome: None,
+    started: Callable[[PlannedRun], Any] = lambda planned: None,
 ) -> list[Outcome]:
     """Executes a batch; one failure does not stop the others.
 
@@ -250,6 +266,7 @@ def run_all(
         force: execute also what is finished.
         progress: whether to show progress bars.
         report: called with each outcome as it comes.
+        started: called, in a thread of the batch, with each run that begins.
 
     Returns:
         One outcome per run, in the order of ``planned``.
@@ -268,6 +285,7 @@ def run_all(
                 position=place % max(1, jobs),
                 progress=progress,
                 jobs=min(jobs, len(planned)),
+                started=started,
             ): place
             for place, item in enumerate(planned)
         }
@@ -297,18 +315,24 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> None:
     Raises:
         GrassError: One is neither done nor skipped.
     """
-    failed = [item.planned.run_id for item in outcomes if item.state not in ("done", "skipped")]
+    failed = [item.planned.run_id for item in outcomes if item.state not in ("done", "skipped", "busy")]
     if failed:
         raise GrassError(
             f"{len(failed)} of {len(outcomes)} runs failed: {', '.join(failed)}; their logs are named above"
         )
+    busy = [item.planned.run_id for item in outcomes if item.state == "busy"]
+    if busy:
+        raise GrassError(
+            f"{len(busy)} of {len(outcomes)} runs are left to the processes that execute them: {', '.join(busy)}"
+        )
 
 
-def preflight(jobs: int) -> None:
+def preflight(jobs: int, *, dry: bool = False) -> None:
     """Checks that the folder of the runs can be written to.
 
     Args:
         jobs: number of runs at a time.
+        dry: whether nothing is to stay, not even the folder.
 
     Raises:
         UsageError: ``jobs`` is not positive, or the folder cannot be made or written to.
@@ -318,10 +342,11 @@ def preflight(jobs: int) -> None:
         raise UsageError(f"--jobs is {jobs}, expected a whole number >= 1")
     folder = runs_root()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        if not dry:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(item for item in (folder, *folder.parents) if item.exists())
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=place) as probe:
+            (Path(probe) / "probe").write_bytes(b"x" * 4096)
     except OSError as error:
         if is_disk_full(error):
             raise GrassError(disk_full_message(folder)) from error

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from grass_lib.errors import GrassError
+from grass_lib.errors import BusyError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def run_lock(folder: Path, *, patience: float = 20.0) -> Iterator[int]:
         The open file, for children that have to hold the lock as well.
 
     Raises:
-        GrassError: another process executes this run.
+        BusyError: another process executes this run.
     """
     path = folder / LOCK_FILE
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -78,7 +78,7 @@ def run_lock(folder: Path, *, patience: float = 20.0) -> Iterator[int]:
                     raise
             owner = _owner(file)
             if _alive(owner) or time.monotonic() > deadline:
-                raise GrassError(
+                raise BusyError(
                     f"run {folder.name} is being executed by process {owner.get('pid', 'unknown')} on "
                     f"{owner.get('host', 'an unknown host')} since {owner.get('since', 'an unknown time')}; "
                     "wait for it, or end that process and run again"

@@ -12,7 +12,7 @@ from grass_lib.errors import GrassError, RecordError, SpecError, UsageError
 from grass_lib.project import project_root, runs_root
 from grass_lib.report.environment import module_hashes, template_hash
 from grass_lib.runner.parameters import Parameter, check_value, parameter_hash, read_parameters, resolve
-from grass_lib.runner.verify import STATUS, load_status, verify_run
+from grass_lib.runner.verify import INTERRUPTED, STATUS, load_status, verify_run, without_remedy
 
 if TYPE_CHECKING:
     from grass_lib.experiments import Experiment
@@ -112,18 +112,17 @@ def check_specs(values: Mapping[str, Any]) -> None:
         values: parameters by name; ``specs``, ``sparsification``, ``projection`` and ``hessian`` are looked at.
 
     Raises:
-        SpecError: one that cannot be parsed.
+        SpecError: one that cannot be parsed, or that is there twice.
     """
-    from grass_lib.specs import CompressionSpec, StageSpec, parse_hessian
+    from grass_lib.specs import StageSpec, parse_hessian, parse_specs
 
     specs = values.get("specs") or []
     for text in specs.split(",") if isinstance(specs, str) else specs:
-        if text.strip():
-            CompressionSpec.parse(text)
-        else:
+        if not text.strip():
             raise SpecError(
                 f"parameter 'specs' is {specs!r}, with an empty entry; expected specs with one comma between them"
             )
+    parse_specs(specs)
     for name in ("sparsification", "projection"):
         if values.get(name):
             StageSpec.parse(values[name])
@@ -318,8 +317,10 @@ def why_pending(planned: PlannedRun) -> str:
         status = load_status(planned.folder)
     except RecordError as error:
         return str(error)
+    if status.exit_code == INTERRUPTED:
+        return "going on with an interrupted run"
     if problems := verify_run(planned.folder):
-        return problems[0]
+        return without_remedy(problems[0])
     if status.parameters != planned.parameters:
         return "the parameters changed"
     if status.data_fingerprint != planned.data_fingerprint:

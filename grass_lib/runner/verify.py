@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from grass_lib.report.record import SENTINEL
 from grass_lib.report.schema import load_record
 
 STATUS_VERSION = 1
+INTERRUPTED = 130
 NOTEBOOK, RECORD, STATUS, PART, LOG = "notebook.ipynb", "record.json", "status.json", "notebook.part.ipynb", "log.txt"
+_AGAIN, _SEE_LOG = "; run again", f"; see {LOG} and run again"
 _SENTINEL = re.compile(rf"^{SENTINEL} (\S+) ([0-9a-f]{{64}})$", re.MULTILINE)
 
 
@@ -85,9 +87,11 @@ def _check_status(folder: Path) -> tuple[list[str], Status | None]:
         status = load_status(folder)
     except RecordError as error:
         return [str(error)], None
+    if status.exit_code == INTERRUPTED:
+        return [f"exit code is {INTERRUPTED}, interrupted; run the same command again to go on"], status
     if type(status.exit_code) is not int or status.exit_code != 0:
         why = f" ({status.error})" if status.error else ""
-        return [f"exit code is {status.exit_code}, expected 0{why}; see {LOG} and run again"], status
+        return [f"exit code is {status.exit_code}, expected 0{why}{_SEE_LOG}"], status
     return [], status
 
 
@@ -152,6 +156,8 @@ def verify_run(folder: str | Path) -> list[str]:
     if not folder.is_dir():
         return [f"there is no run {folder.name}; see `ls runs`, or make it with `grass run`"]
     problems, status = _check_status(folder)
+    if problems and not (folder / NOTEBOOK).exists():
+        return problems  # nothing else can be there
     try:
         cells = json.loads((folder / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
         problems += _check_cells(cells)
@@ -174,3 +180,34 @@ def verify_run(folder: str | Path) -> list[str]:
     if not problems and status is not None and status.notebook_sha256 != file_sha256(folder / NOTEBOOK):
         problems.append(f"{NOTEBOOK} was changed after the run (its hash is not the one in {STATUS}); run again")
     return problems
+
+
+def in_one_sentence(problems: Sequence[str]) -> str:
+    """What is wrong with a run, with what to do said once.
+
+    Args:
+        problems: as `verify_run` gives them.
+    """
+    again = any(problem.endswith(_AGAIN) for problem in problems)
+    return "; ".join(problem.removesuffix(_AGAIN) for problem in problems) + _AGAIN * again
+
+
+def without_remedy(problem: str) -> str:
+    """What is wrong, for whoever is about to run again anyway.
+
+    Args:
+        problem: as `verify_run` gives it.
+    """
+    return problem.removesuffix(_SEE_LOG).removesuffix(_AGAIN)
+
+
+def unfinished(folder: Path) -> str:
+    """Why a run never came to a good end; empty where it is stamped as finished.
+
+    Args:
+        folder: the run's folder.
+    """
+    problems, status = _check_status(folder)
+    if status is None and (folder / STATUS).exists():
+        return ""  # a stamp that cannot be read is damage
+    return in_one_sentence(problems)

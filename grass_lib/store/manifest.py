@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ from grass_lib.store.formats import (
 FORMAT = 1
 SCALES = "::scale"
 """After a layer's name: the name of its scales in a shard."""
+SOURCE_FIELDS = ("experiment", "scale", "parameters", "sparsification", "projection", "hessian", "seed", "dtype")
+"""What a source has to say for the command line to compute rows again."""
 _SHOWN = 20
 _ABSENT = "(absent)"
 
@@ -137,6 +139,26 @@ class Manifest:
         own = {name: value for name, value in self.fingerprint.items() if name != "compressed"}
         dtype, layers = DTYPES[made["dtype"]], self.features
         return replace(self, layers=layers, dtype=dtype, fingerprint=own, source=None, low_rank=None)
+
+    @property
+    def repairable(self) -> bool:
+        """Whether `grass store repair` can compute rows again, from the source or from the parent of the store."""
+        return self.parent() is not None or all(name in (self.source or {}) for name in SOURCE_FIELDS)
+
+    def remedy(self, folder: Path, numbers: Sequence[int]) -> str:
+        """How damaged shards are computed again.
+
+        Args:
+            folder: The store's folder.
+            numbers: The shards.
+        """
+        shards = f"shard {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} shards"
+        if self.repairable:
+            return f"`grass store repair {folder}` computes only {shards} again"
+        return (
+            f"`grass store repair {folder}` removes {shards}, and cache() of the object that made the store then "
+            "computes only what is missing"
+        )
 
     @cached_property
     def digest(self) -> str:

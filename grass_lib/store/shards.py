@@ -209,9 +209,9 @@ def open_shard(folder: Path, manifest: Manifest, number: int) -> tuple[BinaryIO,
         size, expected = os.fstat(file.fileno()).st_size, len(header) + sum(part.size for part in parts)
         found = file.read(len(header))
         if size != expected:
-            raise _damaged(path, number, f"it has {size:,} bytes, expected {expected:,}")
+            raise _damaged(path, manifest, number, f"it has {size:,} bytes, expected {expected:,}")
         if found != header:
-            raise _damaged(path, number, _difference(found, header))
+            raise _damaged(path, manifest, number, _difference(found, header))
         _check_note(note_path(folder, number), manifest, number, size)
     except OSError as error:
         file.close()
@@ -258,7 +258,7 @@ def check_shard(folder: Path, manifest: Manifest, number: int) -> Problem | None
     expected = note_bytes(manifest, number, size, digest)
     if found != expected:
         what = f"its SHA-256 is {digest} and it has {size:,} bytes, which {note.name} does not say"
-        return Problem(number, "damaged", str(_damaged(path, number, what)))
+        return Problem(number, "damaged", str(_damaged(path, manifest, number, what)))
     try:
         open_shard(folder, manifest, number)[0].close()
     except StoreError as error:
@@ -300,7 +300,7 @@ def _check_note(note: Path, manifest: Manifest, number: int, size: int) -> None:
     expected = note_bytes(manifest, number, size, sha256)
     if content != expected:
         said, wanted = (" ".join(each.decode(errors="replace").split()) for each in (content, expected))
-        raise _damaged(note, number, f"it says {said}, expected {wanted}")
+        raise _damaged(note, manifest, number, f"it says {said}, expected {wanted}")
 
 
 def _free(folder: Path) -> str:
@@ -322,10 +322,8 @@ def _difference(found: bytes, expected: bytes) -> str:
     return "its header is not that of a shard of this store"
 
 
-def _damaged(path: Path, number: int, what: str) -> StoreError:
-    return StoreError(
-        f"{path} is damaged: {what}; `grass store repair {path.parent}` computes only shard {number} again"
-    )
+def _damaged(path: Path, manifest: Manifest, number: int, what: str) -> StoreError:
+    return StoreError(f"{path} is damaged: {what}; {manifest.remedy(path.parent, [number])}")
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grass_lib.errors import StoreError, UsageError
+from grass_lib.errors import NoStoreError, StoreError, UsageError
 from grass_lib.files import replacing
 from grass_lib.store.base import Store
 from grass_lib.store.basis import BASIS, StoreBasis, read_basis, write_basis
@@ -125,7 +125,8 @@ class GradientStore(Store):
         """Opens a store.
 
         Raises:
-            StoreError: There is none, or its manifest is damaged or of another format.
+            NoStoreError: There is none.
+            StoreError: Its manifest is damaged or of another format.
         """
         folder = Path(path)
         return cls(folder, _read_manifest(folder))
@@ -323,7 +324,7 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(
+        raise NoStoreError(
             f"there is no gradient store in {folder}: it has no {MANIFEST}; check the path, or cache first"
         ) from error
     except OSError as error:

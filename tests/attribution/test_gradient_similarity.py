@@ -135,3 +135,5 @@ def test_bad_input_is_refused():
             TracIn(zoo.make_model("mlp"), states(), learning_rates=rates)
     with pytest.raises(UsageError, match="call cache"):
         GradientCosine(zoo.make_model("mlp"), states()).attribute(loaders()[1])
+    with pytest.raises(UsageError, match="seed is -1"):
+        GradientCosine(zoo.make_model("mlp"), states(), seed=-1)

@@ -424,6 +424,7 @@ def test_bad_arguments_are_refused():
         ({"precision": "half"}, "precision is 'half'"),
         ({"hessian": "ekfac"}, "not a Hessian"),
         ({"shard_size": 0}, "shard_size is 0"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"compile": "max-autotune"}, "compile is 'max-autotune'"),
         ({"fingerprint": {"seed": 3}}, "fingerprint has seed"),
         ({"sparsification": "sjlt-64"}, "flat"),

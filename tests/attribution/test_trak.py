@@ -282,6 +282,7 @@ def test_bad_input_is_refused():
     refuse("more than once", specs=["sjlt-8", "sjlt-8"])
     refuse("expected a list of compression", specs="sjlt-8")
     refuse("float16", projection="sjlt-8", dtype=torch.float16)
+    refuse("seed is -1", projection="sjlt-8", seed=-1)
     with pytest.raises(SpecError):
         TRAK(model, checkpoints, projection="sjlt8")
     with pytest.raises(SpecError):

@@ -32,7 +32,7 @@ def test_exit_code_is_stamped_and_ends_the_job(tmp_path, monkeypatch):
     root = cluster_toys.make(tmp_path / "project")
     job = start(root, ["verify", "nosuch"], cluster_toys.environment(root), monkeypatch)
     ended(job)
-    assert stamp_path(root / "jobs", job.job_id).read_text() == "1\n"
+    assert stamp_path(root / "jobs", job.job_id).read_text() == "2\n"
     assert "there is no run 'nosuch'" in job.stdout()
     assert not job.paths.result_pickle.exists()
 

@@ -120,9 +120,11 @@ def test_a_store_of_selective_masks_is_rebuilt_with_the_same_masks(toy, tmp_path
     [
         (["--sparsification", "random_mask-3*3", "--masks", "energy"], "leave it out"),
         (["--sparsification", "selective_mask-3*3", "--masks", "leverage"], "random, energy, learned"),
+        (["--seed", "-1"], "--seed is -1; expected a whole number"),
+        (["--sparsification", "normal-3*3", "--projection", "sjlt-10"], "it would be left out"),
     ],
 )
-def test_masks_of_a_store_are_checked_first(capsys, tmp_path, words, message):
+def test_settings_of_a_store_are_checked_first(capsys, tmp_path, words, message):
     code = main(["store", "cache", "gpt2_wikitext", "--store", str(tmp_path / "store"), *words])
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.split())
@@ -171,6 +173,7 @@ def test_the_embedded_mlp(grass, tmp_path, monkeypatch):
         (["mlp_mnist", "--k", "256", "--method", "energie"], "random, energy, leverage, learned"),
         (["mlp_mnist", "--k", "many"], "many"),
         (["mlp_mnist", "--k", "0"], "0"),
+        (["mlp_mnist", "--k", "256", "--seed", "-1"], "--seed is -1; expected a whole number"),
         (["mlp_mnist", "--k", "200000"], "109386"),
         (["mlp_mnist", "--k", "256", "--recipe", "papers"], "default, paper"),
         (["mlp_mnist", "--k", "256", "--recipe", "paper", "--method", "energy"], "--method learned"),

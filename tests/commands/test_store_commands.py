@@ -1,6 +1,7 @@
 """`grass store` and `grass attribute` on a toy experiment: typed as users type them."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,11 +10,12 @@ import torch
 import zoo
 from torch.nn import functional
 
+from grass_lib.attribution.influence import InfluenceFunction
 from grass_lib.cli import main
 from grass_lib.commands import tasks
 from grass_lib.commands.attribute import read_query
 from grass_lib.commands.store import parse_worker
-from grass_lib.errors import UsageError
+from grass_lib.errors import StoreError, UsageError
 from grass_lib.experiments.base import AttributionTask
 from grass_lib.gradients.outputs import Output
 from grass_lib.store import GradientStore
@@ -96,7 +98,7 @@ def test_a_flipped_byte_is_found_and_mended(number, tmp_path, capsys):
     assert main(["store", "verify", str(tmp_path), "-q"]) == 1
     shown = capsys.readouterr()
     assert f"shard {number}: damaged" in shown.out
-    assert "grass store repair" in shown.err.replace("\n", " ")
+    assert f"`grass store repair {tmp_path}` computes only shard {number} again" in " ".join(shown.err.split())
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard_*") if path != file}
     assert main(["store", "repair", str(tmp_path), "-q"]) == 0
     assert content(tmp_path) == before
@@ -104,6 +106,33 @@ def test_a_flipped_byte_is_found_and_mended(number, tmp_path, capsys):
     assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in others.items())
     assert main(["store", "repair", str(tmp_path), "-q"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_damaged_store_made_from_python_is_mended_by_what_its_messages_name(tmp_path, capsys):
+    made = task("embedded", {}, "cpu")
+
+    def influence() -> InfluenceFunction:
+        return InfluenceFunction(
+            made.model, made.loss, layers=made.layers, sparsification="random_mask-3*3", projection="sjlt-4",
+            store=tmp_path, shard_size=4, device="cpu", progress=False,
+        )  # fmt: skip
+
+    influence().cache(made.train)
+    before = content(tmp_path)
+    file = tmp_path / "shard_00001.safetensors"
+    file.write_bytes(before[file.name][:-5])
+    remedy = f"`grass store repair {tmp_path}` removes shard 1, and cache() of the object that made the store"
+    with pytest.raises(StoreError, match=re.escape(remedy)):
+        influence().attribute(made.train[:1])
+    assert main(["store", "verify", str(tmp_path), "-q"]) == 1
+    shown = capsys.readouterr()
+    assert remedy in shown.out
+    assert remedy in " ".join(shown.err.split())
+    assert main(["store", "repair", str(tmp_path), "-q"]) == 0
+    assert "call cache() of the object that made it" in capsys.readouterr().out
+    assert GradientStore.open(tmp_path).missing() == [1]
+    influence().cache(made.train)
+    assert content(tmp_path) == before
 
 
 def test_info_in_words_and_json(tmp_path, capsys):
@@ -138,6 +167,12 @@ def test_attribute_prints_and_writes_signed_passages(tmp_path, capsys):
     matrix = influence.attribute([made.encode("abcdefg")], damping=0.1)[:, 0]
     assert found["proponents"][0]["index"] == int(matrix.argmax())
     assert found["opponents"][0]["index"] == int(matrix.argmin())
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair"])
+def test_a_mistyped_folder_is_wrong_usage(command, tmp_path, capsys):
+    assert main(["store", command, str(tmp_path / "nowhere")]) == 2
+    assert "there is no gradient store in" in capsys.readouterr().err
 
 
 def test_an_unfinished_store_is_not_asked(tmp_path, capsys):

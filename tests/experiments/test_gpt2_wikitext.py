@@ -102,6 +102,7 @@ def test_every_spec_fits_the_model(scale):
     [
         ("random_mask-4096->sjlt-256", "layer by layer"),
         ("random_mask-8*8->selective_mask-16", "as its stage 2"),
+        ("normal-8*8->sjlt-9999", "it would be left out"),
         ("fjlt-100*8->identity", "needs 100 input coordinates"),
         ("normal-64*64", "nearest valid form"),
         ("random_mask-8*8->nothing-4", "not a type"),

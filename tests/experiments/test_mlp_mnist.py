@@ -211,6 +211,9 @@ def test_compressions_and_convention_are_checked_before_any_training():
         ("n_lds_models", -2, "n_lds"),
         ("device", "tpu", "device"),
         ("specs", "sjlt", "sjlt"),
+        ("specs", "selective_mask-64", "needs a fitted mask, and this experiment fits none"),
+        ("specs", "random_mask-512->selective_grass-64", "needs a fitted mask"),
+        ("specs", "sjlt-64,sjlt-64", "sjlt-64 twice"),
     ],
 )
 def test_parameters_that_cannot_work_fail_before_anything_runs(name, value, message):

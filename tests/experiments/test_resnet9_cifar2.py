@@ -254,6 +254,8 @@ def test_compressions_are_checked_before_any_training():
         chosen.compressions("random_mask-8*8->sjlt-8")
     with pytest.raises(UsageError, match="masks=energy"):
         chosen.compressions("selective_mask-8")
+    with pytest.raises(SpecError, match="selective type second"):
+        resnet9_cifar2.protocol("embedded", masks="energy").compressions("random_mask-64->selective_mask-8")
     assert len(resnet9_cifar2.protocol("paper").compressions("random_mask-131072->sjlt-2048")) == 1
     assert 10.0 in chosen.damping_grid("paper")
     with pytest.raises(UsageError, match="relative, paper"):

@@ -50,6 +50,28 @@ def test_newest_verified_run_is_taken_and_a_damaged_one_is_named(sources: Path) 
     assert "`broken`" in refused[0]
 
 
+def test_a_run_with_the_notebooks_own_parameters_comes_before_newer_ones_with_others(sources: Path) -> None:
+    for name, month, changed in (("other", 4, ["seed", "specs"]), ("own", 1, []), ("elsewhere", 2, ["device"])):
+        record = toy_record(name, finished=f"2026-0{month}-01T00:01:00+00:00")
+        write_run(sources / "runs" / name, record, changed=changed)
+    shown, refused = newest_verified(sources, EMBEDDED)
+    assert shown is not None
+    assert (shown.record.run_id, refused) == ("elsewhere", [])
+    for name in ("own", "elsewhere"):
+        (sources / "runs" / name / "record.json").unlink()
+    shown, _ = newest_verified(sources, EMBEDDED)
+    assert shown is not None
+    assert shown.record.run_id == "other"
+
+
+def test_runs_by_hand_are_passed_over_in_silence(sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_run(sources / "runs/mlp_mnist-manual-1", toy_record("mlp_mnist-manual-1"))
+    for name in ("notebook.ipynb", "status.json"):
+        (folder / name).unlink()
+    assert newest_verified(sources, EMBEDDED) == (None, [])
+    assert caplog.text == ""
+
+
 def test_committed_run_is_shown_when_runs_has_none(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(sources / "book/measured/mlp_mnist-paper", toy_record("measured", scale="paper"))
     (shown,) = assemble(sources)

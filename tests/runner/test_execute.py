@@ -9,8 +9,10 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from grass_lib.errors import GrassError
 from grass_lib.runner import plan, run_all, verify_run
-from grass_lib.runner.execute import execute_run
+from grass_lib.runner.execute import check_outcomes, execute_run
+from grass_lib.runner.lock import run_lock
 from grass_lib.runner.verify import load_status
 
 
@@ -94,7 +96,9 @@ def test_failed_cell_is_named_and_the_last_good_run_is_kept(toy, finished):
     assert "seed 0 is unlucky" in text_of(folder, "log.txt")
     assert load_status(folder).exit_code == 1
     assert any("exit code is 1" in problem and "unlucky" in problem for problem in verify_run(folder))
-    assert plan(["toy"], given={"act": "raise"})[0].pending.startswith("exit code is 1")
+    pending = plan(["toy"], given={"act": "raise"})[0].pending
+    assert pending.startswith("exit code is 1")
+    assert "run again" not in pending
 
     # The very same run, good before, fails now: what was finished stays in previous/ and nothing counts as finished.
     toy.write("1 / 0")
@@ -184,7 +188,21 @@ def test_stop_ends_the_kernel(toy):
     thread.join(30)
     assert outcomes[0].state == "interrupted"
     wait_for(lambda: not running(int(pid_file.read_text())))
-    assert any("exit code is 130" in problem for problem in verify_run(planned.folder))
+    said = "exit code is 130, interrupted; run the same command again to go on"
+    assert verify_run(planned.folder) == [said]
+    assert plan(["toy"], given={"act": "sleep"})[0].pending == "going on with an interrupted run"
+
+
+def test_a_run_of_another_process_is_left_to_it(toy):
+    (planned,) = plan(["toy"])
+    planned.folder.mkdir(parents=True)
+    begun = []
+    with run_lock(planned.folder):
+        (outcome,) = run_all([planned], progress=False, started=begun.append)
+    assert (outcome.state, begun) == ("busy", [])
+    assert "is being executed by process" in outcome.message
+    with pytest.raises(GrassError, match="left to the processes that execute them: toy-embedded-"):
+        check_outcomes([outcome])
 
 
 @pytest.mark.system

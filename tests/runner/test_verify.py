@@ -6,6 +6,7 @@ import json
 import pytest
 
 from grass_lib.runner import verify_run
+from grass_lib.runner.verify import in_one_sentence, unfinished
 
 
 def edit(path, change):
@@ -135,6 +136,24 @@ def test_damaged_notebook(finished, content):
     else:
         (finished / "notebook.ipynb").write_text(content)
     assert any("notebook.ipynb" in problem or "sentinel" in problem for problem in verify_run(finished))
+
+
+def test_what_to_do_is_said_once(finished):
+    edit(finished / "notebook.ipynb", lambda notebook: code_cells(notebook)[1].update(execution_count=None))
+    (finished / "record.json").write_text("{")
+    problems = verify_run(finished)
+    assert len(problems) > 1
+    assert in_one_sentence(["a; run again", "b; run again"]) == "a; b; run again"
+    assert in_one_sentence(["a; see b"]) == "a; see b"
+    assert in_one_sentence(problems).count("; run again") == 1
+    assert unfinished(finished) == ""
+    for name in ("notebook.ipynb", "record.json"):
+        (finished / name).unlink()
+    edit(finished / "status.json", lambda status: status.update(exit_code=1, error="no mask"))
+    assert only_problem(finished) == "exit code is 1, expected 0 (no mask); see log.txt and run again"
+    assert unfinished(finished) == only_problem(finished)
+    (finished / "status.json").unlink()
+    assert only_problem(finished).startswith("no exit code")
 
 
 def test_no_folder(tmp_path):
