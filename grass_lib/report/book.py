@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from grass_lib.errors import GrassError, RecordError, UsageError
 from grass_lib.report.music_pages import with_music
@@ -23,6 +23,8 @@ from grass_lib.report.pages import Page, changed_parameters, pages_in_toc, stub,
 from grass_lib.report.redraw import redraw
 
 if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
     from grass_lib.report.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -106,14 +108,15 @@ def _write_pages(root: Path, executed: Path, generated: Path) -> list[Shown]:
     import nbformat
 
     notebooks, records = _fresh(generated / "notebooks"), _fresh(generated / "records")
-    shown, executed_notebooks = [], []
+    shown: list[Shown] = []
+    executed_notebooks: list[NotebookNode] = []
     for page in pages_in_toc(root / "_toc.yml"):
         found, refused = newest_verified(root, page)
         if found is None:
             (executed / f"{page.stem}.md").write_text(stub(page, refused), encoding="utf-8")
             continue
         shown.append(found)
-        executed_notebooks.append(nbformat.read(found.folder / "notebook.ipynb", as_version=4))
+        executed_notebooks.append(cast("NotebookNode", nbformat.read(found.folder / "notebook.ipynb", as_version=4)))
     # Runs of this machine were drawn by this version; stored ones may be months old.
     stored = [place for place, found in enumerate(shown) if found.folder.is_relative_to(root / "book" / "measured")]
     drawn = redraw([(executed_notebooks[place], shown[place].folder / "record.json") for place in stored])

@@ -27,6 +27,7 @@ from grass_lib.errors import GrassError
 from grass_lib.report.files import disk_full_message, is_disk_full, write_atomic
 from grass_lib.report.scrub import scrub_text
 from grass_lib.runner.clean import clean_notebook
+from grass_lib.runner.status import Followed
 from grass_lib.runner.verify import NOTEBOOK, PART
 
 KERNEL_START_SECONDS = 120
@@ -74,7 +75,15 @@ def _execute(task: Mapping[str, Any], log: TextIO, terminal: TextIO) -> None:
     folder = Path(task["folder"])
     part = folder / PART
     template = nbformat.read(task["template"], as_version=4)
-    bar = {"desc": task["run_id"], "file": terminal, "leave": True, "position": task["position"], "dynamic_ncols": True}
+    bar = {
+        "desc": task["run_id"],
+        "file": terminal,
+        "leave": True,
+        "position": task["position"],
+        "dynamic_ncols": True,
+        # Cells take from no time to minutes: no time that is left could be told from their number.
+        "bar_format": "{desc}: {n_fmt}/{total_fmt} cells [{elapsed}{postfix}]",
+    }
     show: Any = bar if task["progress"] else False  # papermill takes tqdm's options too, which its type does not say
     notebook = papermill.execute_notebook(
         template,
@@ -84,7 +93,7 @@ def _execute(task: Mapping[str, Any], log: TextIO, terminal: TextIO) -> None:
         language="python",  # a template need not say it
         progress_bar=show,
         stdout_file=log,
-        stderr_file=log,
+        stderr_file=Followed(log) if task["progress"] else log,  # pyright: ignore[reportArgumentType]
         start_timeout=KERNEL_START_SECONDS,
         cwd=task["root"],
     )
