@@ -226,7 +226,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check that runs are whole."""
-    from grass_lib.project import missing_runs
+    from grass_lib.project import missing_runs, runs_root
     from grass_lib.runner.collect import find_run, is_manual, run_folders
     from grass_lib.runner.verify import in_one_sentence, unfinished, verify_run
 
@@ -235,7 +235,7 @@ def verify(
     for folder in folders:
         if not runs and is_manual(folder):
             typer.echo(f"manual  {near(folder)}: made by hand, does not count")
-        elif not runs and (why := unfinished(folder)):
+        elif not runs and folder.parent == runs_root() and (why := unfinished(folder)):
             typer.echo(f"open    {near(folder)}: does not count, {why}")
         else:
             problems = verify_run(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ def as_scores(scores: Any) -> Tensor:
             f"scores are a {type(scores).__name__} with the keys {', '.join(map(repr, scores))}; expected one tensor "
             "(n_train, n_query): select one of them"
         )
+    if isinstance(scores, np.ndarray) and min(scores.strides, default=0) < 0:
+        scores = scores.copy()  # torch has no negative strides
     try:
         found = torch.as_tensor(scores)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -76,7 +76,7 @@ class StoreFiller:
             GrassError: A gradient is not finite.
             StoreError: The folder holds a store of something else, or cannot be written.
         """
-        check_order(loader)
+        check_order(loader, shared=not self._ranks.alone)
         if not self._ranks.alone:
             if (worker, n_workers) != (0, 1):
                 raise UsageError(

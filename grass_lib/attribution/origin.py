@@ -16,6 +16,7 @@ from grass_lib.attribution.model_hash import model_sha256
 from grass_lib.errors import StoreError, UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.maps import LayerMasks, LayerMatrices
+from grass_lib.gradients.order import may_be_same
 from grass_lib.gradients.outputs import Output
 from grass_lib.projection import Mask
 from grass_lib.ranks import is_sharded
@@ -106,11 +107,12 @@ class KeptStore:
             StoreError: The folder holds a store of something else.
         """
         there = self._found()
-        if there is not None and (there.manifest.provenance or {}).get(_FIRST, first_sample) != first_sample:
+        kept = (there.manifest.provenance or {}).get(_FIRST, first_sample) if there is not None else first_sample
+        if there is not None and not may_be_same(kept, first_sample):
             if isinstance(there, GradientStore):
                 raise StoreError(
                     f"{there.path} holds gradients of other training data: its first sample is not the loader's; give "
-                    "another folder, or the data that it was cached from (without random augmentation)"
+                    "another folder, or the data that it was cached from (padded alike, without random augmentation)"
                 )
             there = self._store = None
         self._first_sample = first_sample

@@ -112,9 +112,7 @@ def refuse_unused_masks(specs: Sequence[CompressionSpec], masks: Any) -> None:
     if masks is None or (by_spec and not masks):
         return
     without = [str(spec) for spec in specs if not spec.needs_mask_file]
-    refused = [name for name in without if name in masks] if by_spec else []
-    if len(without) == len(specs):
-        refused = without
+    refused = [name for name in without if name in masks] if by_spec else without if len(without) == len(specs) else []
     if refused:
         raise UsageError(
             f"masks are given, and {', '.join(map(repr, refused))} takes none; leave them out, or use a selective "

@@ -93,7 +93,7 @@ class Scorer:
             UsageError: The loader is empty or shuffles.
             GrassError: A gradient is not finite.
         """
-        check_order(loader)
+        check_order(loader, every_sample=False, shared=not self._ranks.alone)
         self._start(bases, grid)
         rows = queries_at_once(store, len(grid), self._dtype, self.device)
         with progress_bar(sample_count(loader), "queries", self._progress) as bar:

@@ -88,7 +88,8 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
     """Compute missing and damaged shards again, and only these.
 
     Those of a store that `grass store compress` made come from its parent. A store made from Python does not say what
-    it was cached from: its damaged shards are removed, and cache() of the object that made it computes them.
+    it was cached from: its damaged shards are removed, and cache() of the object that made it computes them. The exit
+    code is 1 then, since the store is not whole yet.
     """
     from grass_lib.commands.compress import compress_again, compression_parent
     from grass_lib.commands.tasks import StoreSource, influence_of
@@ -102,9 +103,11 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
     compressed = found.manifest.parent() is not None
     source = StoreSource.of_store(found) if found.manifest.repairable and not compressed else None
     parent = compression_parent(found) if compressed else None
+    again = parent is not None or source is not None
     for problem in problems:
         typer.echo(f"shard {problem.number}: {problem.kind}")
-        if problem.kind != "missing":
+        # What cannot be read now may be whole; it goes only where it can be computed at once.
+        if problem.kind == "damaged" or (again and problem.kind != "missing"):
             found.drop(problem.number)
     if parent is not None:
         compress_again(parent, found, device=device, progress=not quiet)
@@ -112,11 +115,12 @@ def repair(store: StorePath, device: Device = "auto", quiet: Quiet = False) -> N
         task, influence = influence_of(source, store, shard_size=found.shard_size, device=device, progress=not quiet)
         influence.cache(task.train, n_samples=task.n_train)
     else:
-        typer.echo(
-            f"{store} does not say what it was cached from, so {len(problems)} of {found.n_shards} shards are missing "
-            "now; call cache() of the object that made it, which computes only these"
+        unreadable = [str(problem.number) for problem in problems if problem.kind not in ("missing", "damaged")]
+        kept = f"shards {', '.join(unreadable)} cannot be read and were left as they are; " if unreadable else ""
+        raise StoreError(
+            f"{store} does not say what it was cached from, so {len(problems) - len(unreadable)} of {found.n_shards} "
+            f"shards are missing now; {kept}call cache() of the object that made it, which computes only these"
         )
-        return
     typer.echo(f"computed {len(problems)} of {found.n_shards} shards again")
 
 

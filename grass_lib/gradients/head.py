@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.capture import LayerCapture, Tables
+from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.language import IGNORED, Reduction, following_labels
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.ranks import is_distributed
@@ -181,11 +182,13 @@ def _portions(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses ``(n,)`` of all tokens, gradients ``(n, width)`` below the layer, compressed ones ``(n, k1)`` above it."""
     # A value alone is asked for once or twice; compiling for that would take longer.
-    step = _compiled_step() if hidden.is_cuda and (wants_below or capture is not None) else _step
+    compiles = hidden.is_cuda and (wants_below or capture is not None)
     losses: list[Tensor] = []
     below: list[Tensor] = []
     left: list[Tensor] = []
     for part, labels in zip(hidden.split(tokens), following.split(tokens), strict=True):
+        # Whole portions have a code of their own: what else was seen before changes none of their bits.
+        step = _compiled_step(len(part) != tokens) if compiles else _step
         found, delta = step(functional.linear(part, weight, bias), labels, wants_below or capture is not None)
         losses.append(found)
         if wants_below:
@@ -216,6 +219,5 @@ def _step(logits: Tensor, labels: Tensor, wants_delta: bool) -> tuple[Tensor, Te
 
 
 @functools.cache
-def _compiled_step() -> Any:
-    """Compiled for the first number of tokens, and for any other one when a second comes."""
-    return torch.compile(_step)
+def _compiled_step(any_size: bool) -> Any:
+    return compile_apart(_step, dynamic=any_size)

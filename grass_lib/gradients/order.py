@@ -16,8 +16,13 @@ from grass_lib.gradients.outputs import Batch
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-def check_order(loader: Iterable[Batch]) -> None:
-    """Refuses loaders whose order changes or that leave samples out.
+def check_order(loader: Iterable[Batch], *, every_sample: bool = True, shared: bool = False) -> None:
+    """Refuses loaders whose order changes, or that leave samples out.
+
+    Args:
+        loader: Yields batches.
+        every_sample: Whether the last short batch has to be there.
+        shared: Whether several ranks walk over the same samples, and take their parts by themselves.
 
     Raises:
         UsageError: A sampler of the loader shuffles, is one of several ranks' or drops the last short batch.
@@ -29,12 +34,13 @@ def check_order(loader: Iterable[Batch]) -> None:
             raise UsageError(
                 f"the loader shuffles ({name}), and row i must belong to sample i on every walk; use shuffle=False"
             )
-        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        if shared and isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
             raise UsageError(
                 f"the loader yields the part of rank {sampler.rank} of {sampler.num_replicas} ({name}); expected all "
                 "samples on every rank, which take their parts by themselves"
             )
-    if getattr(loader, "drop_last", False) or (isinstance(batches, BatchSampler) and batches.drop_last):
+    drops = getattr(loader, "drop_last", False) or (isinstance(batches, BatchSampler) and batches.drop_last)
+    if every_sample and drops:
         raise UsageError("the loader drops the last short batch, and every sample needs a row; use drop_last=False")
 
 
@@ -45,9 +51,10 @@ def first_sample_sha256(batch: Batch) -> str:
         batch: Tuple or dict of tensors with samples on dimension 0.
 
     Returns:
-        64 hexadecimal digits.
+        64 hexadecimal digits; behind them the size of the batch where the sample may be padded to its longest one and
+        nothing says how far.
     """
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     parts = dict(batch.items() if isinstance(batch, Mapping) else enumerate(batch))
     samples = {str(name): values[0] for name, values in parts.items() if isinstance(values, Tensor) and len(values)}
     mask = samples.get("attention_mask")
@@ -55,9 +62,17 @@ def first_sample_sha256(batch: Batch) -> str:
         sample = samples[name].detach()
         if mask is not None and mask.dim() == 1 and sample.shape == mask.shape:
             sample = sample[mask != 0]  # whatever the batch is padded to
+        elif sample.dim() == 1 and not sample.is_floating_point():
+            size = max(size, *(len(values) for values in parts.values() if isinstance(values, Tensor)))
         digest.update(f"{name} {sample.dtype} {tuple(sample.shape)}\n".encode())
         digest.update(sample.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest() + (f" of {size}" if size else "")
+
+
+def may_be_same(one: str, other: str) -> bool:
+    """Whether two results of `first_sample_sha256` can be those of the same sample: padded otherwise, nobody knows."""
+    sizes = one.partition(" of ")[2], other.partition(" of ")[2]
+    return one == other or (all(sizes) and sizes[0] != sizes[1])
 
 
 class WatchedLoader:

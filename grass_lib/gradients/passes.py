@@ -159,13 +159,13 @@ class CapturePass:
                         f"loss returned {seen} for {n} samples; expected one value per sample, shape ({n},). Do not "
                         "average over the batch."
                     )
-                if not values.requires_grad:
+                if not values.requires_grad and self._calls_any(output, samples):
                     raise UsageError(
-                        "the loss has no gradient with respect to any of the layers "
-                        f"{few(list(self.captures))}: it is detached or computed without gradients (torch.no_grad, "
-                        ".item(), NumPy), or the model's pass calls none of them"
+                        f"the loss has no gradient with respect to the layers {few(list(self.captures))}, although the "
+                        "model calls them: it is detached or computed without gradients (torch.no_grad, .item(), NumPy)"
                     )
-                found = torch.autograd.grad(values.sum(), probes, allow_unused=True)
+                unused: list[Tensor | None] = [None] * len(probes)
+                found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
             if self._head is not None and head is None and found[list(self._probes).index(self._head)] is None:
                 raise UsageError(
                     f"the output layer {self._head} is captured, and {getattr(output, '__qualname__', output)} did not "
@@ -232,6 +232,16 @@ class CapturePass:
             for name, uses in seen.items()
             if len(uses) == 1 and uses[0][0][0] == n and self.captures[name].can_defer
         }
+
+    def _calls_any(self, output: Output, samples: Batch) -> bool:
+        """Whether a pass calls one of the layers; run once more to see, where nothing has a gradient."""
+        called: list[str] = []
+        with ExitStack() as stack, torch.no_grad():
+            for name in self.captures:
+                hook = self._modules[name].register_forward_hook(lambda *_, name=name: called.append(name))
+                stack.callback(hook.remove)
+            _evaluate(output, self.model, samples, None)
+        return bool(called)
 
     def _before(self, capture: LayerCapture) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

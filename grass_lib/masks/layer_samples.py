@@ -93,8 +93,9 @@ def collect(
         raise UsageError(f"samples is {samples} and rank {rank}; expected at least {_FEWEST} samples and 1 row")
     check_output(loss, "loss")
     device_of_model(model, device)
-    for walked in (loader, queries or ()):
-        check_order(walked)
+    check_order(loader)
+    if queries is not None:
+        check_order(queries, every_sample=False)
     shapes = find_layers(model, layers, include_head=include_head)
     if samples:
         dtype = next(model.parameters()).dtype

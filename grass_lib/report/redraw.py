@@ -103,6 +103,7 @@ def from_record(cells: Sequence[Any], record: Path) -> Shown:
         if note in notes and expression.partition(".")[0] != "run"
     }
     given = set(names_of(record, noted))
+    stand_ins = {"run", "by_hand", *(expression.partition(".")[0] for expression in noted)}
     known = given | {alias.asname or alias.name for node in imports for alias in node.names}
     places: list[int] = []
     for place, tree in trees.items():
@@ -113,7 +114,7 @@ def from_record(cells: Sequence[Any], record: Path) -> Shown:
             places.append(place)
             known |= assigned
         else:
-            known -= assigned - given  # these have other values from here on
+            known -= assigned - stand_ins  # these have other values from here on
     return Shown(places, "\n".join(ast.unparse(node) for node in imports), noted)
 
 
@@ -135,21 +136,23 @@ def redraw(runs: Sequence[tuple[NotebookNode, Path]]) -> list[NotebookNode]:
 
     copies: list[Any] = [nbformat.from_dict(notebook) for notebook, _ in runs]
     work: list[Any] = []
-    drawn: list[tuple[Any, Any]] = []
+    drawn: list[list[tuple[Any, Any]]] = []
     for copy, (_, record) in zip(copies, runs, strict=True):
         shown = from_record(copy.cells, record)
         if not any(copy.cells[place].outputs for place in shown.places):
             continue
         names = f"globals().update(names_of(Path({str(record)!r}), {shown.noted!r}))"
         libraries = "from pathlib import Path\nfrom grass_lib.report.redraw import names_of"
+        # Nothing of the notebook before is there any more.
+        work.append(new_code_cell("get_ipython().run_line_magic('reset', '-f')"))
         work.append(new_code_cell(f"{libraries}\n{names}\n{shown.imports}"))
+        drawn.append([(new_code_cell(), work[-1])])
         for place in shown.places:
             work.append(new_code_cell(copy.cells[place].source))
-            if copy.cells[place].outputs:
-                drawn.append((copy.cells[place], work[-1]))
+            drawn[-1].append((copy.cells[place], work[-1]))
     if not drawn:
         return copies
-    logger.info("drawing %d tables and figures of stored runs from their records", len(drawn))
+    logger.info("drawing tables and figures of %d stored runs from their records", len(drawn))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = new_notebook(cells=work, metadata={"kernelspec": kernel})
     try:
@@ -158,15 +161,18 @@ def redraw(runs: Sequence[tuple[NotebookNode, Path]]) -> list[NotebookNode]:
     except (CellTimeoutError, DeadKernelError) as error:
         logger.warning("stored runs are shown as they were drawn then: %s", str(error).strip().splitlines()[0])
         return copies
-    for cell, now in drawn:
-        failed = next((output for output in now.outputs if output.output_type == "error"), None)
-        if failed is not None:
-            logger.info("a stored cell stays as it was (%s: %s): %s", failed.ename, failed.evalue, cell.source[:60])
-        elif now.outputs:
-            cell.outputs = now.outputs
-            for output in cell.outputs:
-                if output.output_type == "execute_result":
-                    output.execution_count = cell.execution_count
+    for pairs in drawn:
+        for cell, now in pairs:
+            failed = next((output for output in now.outputs if output.output_type == "error"), None)
+            if failed is not None:
+                # What comes after it may use what it did not get to.
+                logger.info("a stored cell stays as it was (%s: %s): %s", failed.ename, failed.evalue, cell.source[:60])
+                break
+            if cell.get("outputs") and now.outputs:
+                cell.outputs = now.outputs
+                for output in cell.outputs:
+                    if output.output_type == "execute_result":
+                        output.execution_count = cell.execution_count
     return copies
 
 

@@ -33,9 +33,12 @@ def load_systems(folder: Path, shape: str) -> dict[str, Any] | None:
     Raises:
         RecordError: The file has no rows, or is of another compressed size than the page speaks of.
     """
-    path, command = folder / f"systems-{shape}.json", f"grass bench systems --shape {shape}"
-    if not path.is_file():
-        return None
+    path = folder / f"systems-{shape}.json"
+    return _of_shape(path, shape) if path.is_file() else None
+
+
+def _of_shape(path: Path, shape: str) -> dict[str, Any]:
+    command = f"grass bench systems --shape {shape}"
     found, k = read_result(path, "rows", command), SETTINGS[shape].k
     if found.get("k", k) != k:
         raise RecordError(f"{path.name} is of k = {found['k']}, expected {k}; run `{command}` again, without --k")
@@ -53,10 +56,11 @@ def load_earlier(folder: Path, shape: str) -> list[dict[str, Any]]:
         In the order of N.
 
     Raises:
-        RecordError: A file has no rows.
+        RecordError: A file has no rows, or is of another compressed size than the page speaks of.
     """
-    paths = folder.glob(f"systems-{shape}_*.json")
-    return [read_result(path, "rows", f"grass bench systems --shape {shape}") for path in sorted(paths)]
+    numbered = {path: path.stem.rpartition("_")[2] for path in folder.glob(f"systems-{shape}_*.json")}
+    paths = sorted((path for path, number in numbered.items() if number.isdecimal()), key=lambda p: int(numbered[p]))
+    return [_of_shape(path, shape) for path in paths]
 
 
 def systems_markdown(result: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -156,8 +156,8 @@ class Manifest:
         if self.repairable:
             return f"`grass store repair {folder}` computes only {shards} again"
         return (
-            f"`grass store repair {folder}` removes {shards}, and cache() of the object that made the store then "
-            "computes only what is missing"
+            f"`grass store repair {folder}` removes what is damaged, and cache() of the object that made the store "
+            "then computes only what is missing"
         )
 
     @cached_property

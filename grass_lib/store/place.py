@@ -34,6 +34,6 @@ def store_folder(path: str | os.PathLike[str], argument: str = "store") -> Path:
 
 def _file_on(folder: Path) -> Path | None:
     # What may not be looked at is left to whoever makes the folder, where the system says why.
-    with suppress(PermissionError):
+    with suppress(OSError):
         return next((part for part in (folder, *folder.parents) if part.is_file()), None)
     return None

@@ -89,3 +89,8 @@ def test_k_is_a_whole_number(k):
 def test_other_scores_are_refused(scores, message):
     with pytest.raises(UsageError, match=message):
         topk(scores, 1)
+
+
+def test_arrays_may_run_backwards():
+    scores = np.arange(6.0).reshape(3, 2)
+    assert torch.equal(topk(scores[::-1], 1).indices, topk(scores[::-1].copy(), 1).indices)

@@ -19,6 +19,7 @@ from grass_lib.errors import StoreError, UsageError
 from grass_lib.experiments.base import AttributionTask
 from grass_lib.gradients.outputs import Output
 from grass_lib.store import GradientStore
+from grass_lib.store.shards import Problem
 
 N, BATCH = 23, 2
 SETTINGS = ["--sparsification", "random_mask-3*3", "--projection", "sjlt-4", "--dtype", "float32"]
@@ -108,7 +109,7 @@ def test_a_flipped_byte_is_found_and_mended(number, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_a_damaged_store_made_from_python_is_mended_by_what_its_messages_name(tmp_path, capsys):
+def test_a_damaged_store_made_from_python_is_mended_by_what_its_messages_name(tmp_path, capsys, monkeypatch):
     made = task("embedded", {}, "cpu")
 
     def influence() -> InfluenceFunction:
@@ -121,15 +122,20 @@ def test_a_damaged_store_made_from_python_is_mended_by_what_its_messages_name(tm
     before = content(tmp_path)
     file = tmp_path / "shard_00001.safetensors"
     file.write_bytes(before[file.name][:-5])
-    remedy = f"`grass store repair {tmp_path}` removes shard 1, and cache() of the object that made the store"
+    remedy = f"`grass store repair {tmp_path}` removes what is damaged, and cache() of the object that made the store"
     with pytest.raises(StoreError, match=re.escape(remedy)):
         influence().attribute(made.train[:1])
     assert main(["store", "verify", str(tmp_path), "-q"]) == 1
     shown = capsys.readouterr()
     assert remedy in shown.out
     assert remedy in " ".join(shown.err.split())
-    assert main(["store", "repair", str(tmp_path), "-q"]) == 0
-    assert "call cache() of the object that made it" in capsys.readouterr().out
+    # What only cannot be read now may be whole, and stays.
+    unreadable = Problem(2, "unreadable", "Input/output error")
+    monkeypatch.setattr(GradientStore, "verify", lambda self, **_: [Problem(1, "damaged", ""), unreadable])
+    assert main(["store", "repair", str(tmp_path), "-q"]) == 1  # the store is not whole yet
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "call cache() of the object that made it" in shown
+    assert "shards 2 cannot be read and were left as they are" in shown
     assert GradientStore.open(tmp_path).missing() == [1]
     influence().cache(made.train)
     assert content(tmp_path) == before

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import tiny_llama
 import torch
@@ -82,3 +84,24 @@ def test_what_vmap_cannot_run_is_one_sentence_with_the_ways_out():
     del batch["attention_mask"]
     with pytest.raises(UsageError, match=r"values of a tensor.*attn_implementation='eager'.*random_mask"):
         PerSampleGradients(tiny_gpt2(), causal_margin)(None, batch)
+
+
+def test_threads_share_the_switch():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as REGISTRY
+
+    before, inside, leave = REGISTRY["sdpa"], threading.Event(), threading.Event()
+
+    def other():
+        with whole_masks():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with whole_masks():
+        changed = REGISTRY["sdpa"]
+        thread.start()
+        assert inside.wait(10)
+    assert REGISTRY["sdpa"] is changed is not before  # the other one is still in its block
+    leave.set()
+    thread.join()
+    assert REGISTRY["sdpa"] is before

@@ -516,3 +516,6 @@ def test_a_loss_without_a_gradient_is_refused():
     model, batch, loss = case("mlp")
     with pytest.raises(UsageError, match=r"no gradient.*hidden.*detached"):
         FactoredGradients(model, lambda *given: loss(*given).detach())(batch)
+    # A pass that calls none of the layers gives zeros: which ones a batch needs may depend on the batch.
+    rows, _ = FactoredGradients(model, lambda model, batch: batch[0].sum(dim=1))(batch)
+    assert not any(part.any() for part in rows.values())

@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients.order import WatchedLoader, check_order, first_sample_sha256
+from grass_lib.gradients.order import WatchedLoader, check_order, first_sample_sha256, may_be_same
 from grass_lib.gradients.stream import sample_count
 
 DATA = TensorDataset(torch.arange(12.0).view(6, 2), torch.arange(6))
@@ -43,9 +43,11 @@ def test_samples_left_out_are_refused():
     ):
         with pytest.raises(UsageError, match="drop_last=False"):
             check_order(loader)
-    part = DistributedSampler(DATA, num_replicas=2, rank=1, shuffle=False)
+        check_order(loader, every_sample=False)
+    part = DataLoader(DATA, batch_size=2, sampler=DistributedSampler(DATA, num_replicas=2, rank=1, shuffle=False))
+    check_order(part)  # a process may ask for its own part
     with pytest.raises(UsageError, match="rank 1 of 2"):
-        check_order(DataLoader(DATA, batch_size=2, sampler=part))
+        check_order(part, shared=True)
 
 
 def test_a_fixed_order_is_taken():
@@ -71,6 +73,13 @@ def test_padding_does_not_count():
     images = torch.zeros(2, 1, 2, 3)
     others += (images,), (images.view(2, 1, 3, 2),)
     assert len({first_sample_sha256(batch) for batch in (plain, *others)}) == 9
+    # Without a mask nobody knows: batches of other sizes may be padded otherwise.
+    ids, longer = torch.tensor([[5, 6], [1, 2]]), torch.tensor([[5, 6, 0], [1, 2, 0], [1, 2, 3]])
+    one, other = (first_sample_sha256({"input_ids": batch}) for batch in (ids, longer))
+    assert one != other
+    assert may_be_same(one, other)
+    assert not may_be_same(one, first_sample_sha256({"input_ids": ids + 1}))
+    assert not may_be_same(first_sample_sha256((images,)), first_sample_sha256((images[:1] + 1,)))
 
 
 def test_every_walk_begins_with_the_same_sample():

@@ -132,7 +132,16 @@ def test_any_other_callable_is_taken():
         def forward(self, model, batch):
             return cross_entropy(model, batch)
 
-    for output in (margin, Module(), functools.partial(causal_loss, reduction="mean"), lambda model, batch: None):
+    class Own(torch.nn.CrossEntropyLoss):
+        def forward(self, model, batch):
+            return cross_entropy(model, batch)
+
+    @functools.wraps(torch.nn.functional.cross_entropy)
+    def wrapped(model, batch):
+        return cross_entropy(model, batch)
+
+    partial = functools.partial(causal_loss, reduction="mean")
+    for output in (margin, Module(), Own(), wrapped, partial, lambda model, batch: None):
         check_output(output)
 
 

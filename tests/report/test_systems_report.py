@@ -185,7 +185,7 @@ def test_earlier_runs_have_a_sentence_each(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "systems-llama.json").write_text(json.dumps(bench(**{THROUGHPUT: 119.0})))
     (folder / "systems-llama-16384.json").write_text(json.dumps(bench(**{THROUGHPUT: 3.0})))  # of another size
-    for number, faster in ((1, 126.0), (2, 71.0)):
+    for number, faster in ((2, 126.0), (10, 71.0)):
         (folder / f"systems-llama_{number}.json").write_text(json.dumps(bench(**{THROUGHPUT: faster})))
     write_systems_parts(folder, generated)
     page = (generated / "systems_llama.md").read_text()
@@ -194,3 +194,6 @@ def test_earlier_runs_have_a_sentence_each(tmp_path, monkeypatch):
     (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
     assert claim["measured"] == 119.0
     assert "(126 %, 71 % in earlier runs on other machines)" in claim["reason"]
+    (folder / "systems-llama_3.json").write_text(json.dumps(bench(k=16384)))
+    with pytest.raises(RecordError, match="16384"):
+        write_systems_parts(folder, generated)

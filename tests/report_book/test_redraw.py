@@ -79,3 +79,14 @@ def test_they_show_what_this_version_draws(stored):
     assert changed == {"table", "uses it", "noted", "noted attribute"}  # the one that fails has its own output
     assert untouched == plain
     assert notebook.cells[4].outputs[0].text == OLD
+
+
+def test_nothing_of_another_run_is_shown(stored):
+    _, record = stored
+    first = new_notebook(cells=[cell("best = f'seed {seed}'", shown=False), cell("print(best)")])
+    failing = new_notebook(cells=[cell("best = missing(run.results) if seed else 0", shown=False), cell("print(best)")])
+    failing.cells.insert(0, cell("from grass_lib.report.tables import lds_table as missing", shown=False))
+    failing.cells[1].source = "best = missing(seed, seed, seed)"
+    assigned = new_notebook(cells=[cell("import os\nseed = seed * 100", shown=False), cell("print(seed)")])
+    found = redraw([(one, record) for one in (first, failing, assigned)])
+    assert [one.cells[-1].outputs[0].text for one in found] == ["seed 4\n", OLD, OLD]

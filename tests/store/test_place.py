@@ -44,3 +44,7 @@ def test_a_store_that_is_there_passes(tmp_path):
     store = create(tmp_path / "store")
     store.write(0, {"a": torch.ones(1, 2)})
     assert create(store_folder(store.path)).missing() == []
+
+
+def test_names_that_are_too_long_are_left_to_the_system(tmp_path):
+    assert store_folder(tmp_path / ("a" * 300)).name == "a" * 300
