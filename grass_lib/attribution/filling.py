@@ -90,6 +90,8 @@ class StoreFiller:
             if first is None:
                 raise UsageError("the loader yielded no batches; expected training data")
             size = batch_size(batch_to(first, self._gradients.device))
+            if not size:
+                raise UsageError("the loader's first batch has no samples; expected batches of one size, 1 or more")
             start = time.perf_counter()
             store = self._kept.make(expected, size, first_sample_sha256(first))
             opening = time.perf_counter() - start

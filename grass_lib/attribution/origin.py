@@ -121,7 +121,8 @@ class KeptStore:
             raise UsageError("the loader does not say how many samples it has; give n_samples=")
         default = default_shard_size(batch, sample_bytes(self._gradients.sizes, self._dtype))
         shard_size = self._shard_size or (there.shard_size if there else default)
-        if shard_size < n_samples and shard_size % batch:
+        whole = there is not None and not there.missing()
+        if shard_size < n_samples and shard_size % batch and not whole:
             wanted = (
                 "a batch size that divides it, since the store is there"
                 if there

@@ -591,3 +591,18 @@ def test_queries_have_an_order_too():
     data = TensorDataset(*map(torch.cat, zip(*query, strict=True)))
     with pytest.raises(UsageError, match="shuffle=False"):
         found.attribute(DataLoader(data, batch_size=2, shuffle=True))
+
+
+def test_a_whole_store_takes_batches_of_any_size(tmp_path):
+    model, train, query = case()
+    influence(model, store=tmp_path / "store").cache(train)
+    found = influence(model, store=tmp_path / "store")
+    found.cache(cut(tuple(map(torch.cat, zip(*train, strict=True))), 5))  # shards of 8 are cut within batches of 5
+    assert found.timings["samples"] == 0
+    assert found.attribute(query).shape == (N, QUERIES)
+
+
+def test_an_empty_first_batch_is_refused():
+    model, train, _ = case()
+    with pytest.raises(UsageError, match="first batch has no samples"):
+        influence(model).cache([tuple(part[:0] for part in train[0]), *train])
