@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grass_lib.report.pairs import PAIRS
 from grass_lib.report.style import experiment_title
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def provenance(
     ]
     if page.scale == "embedded":
         lines.append("These sizes are the embedded scale's, not the paper's: compare methods here, not with the paper.")
+    elif any(pair.name == page.experiment for pair in PAIRS):
+        lines.append("What differs from the paper, and what its figures mean, is on {doc}`../pairs`.")
     if changed:
         values = ", ".join(f"`{name} = {record.parameters.get(name)!r}`" for name in changed)
         lines.append(f"Parameters that were changed for this run: {values}.")

@@ -139,7 +139,11 @@ def test_root_without_a_table_of_contents_is_refused(tmp_path: Path) -> None:
 def test_texts() -> None:
     assert [duration(seconds) for seconds in (3.21, 42.4, 125, 3720)] == ["3.2 s", "42 s", "2 min 5 s", "1 h 2 min"]
     assert "not the paper's" in provenance(toy_record(), EMBEDDED)
-    assert "not the paper's" not in provenance(toy_record(scale="paper"), Page("mlp_mnist", "paper"))
+    paper = provenance(toy_record(scale="paper"), Page("mlp_mnist", "paper"))
+    assert "not the paper's" not in paper
+    assert "What differs from the paper" in paper
+    assert "What differs" not in provenance(toy_record(scale="paper"), Page("mlp_masks", "paper"))
+    assert "drawn from it by this version" in provenance(toy_record(), EMBEDDED, redrawn=True)
     assert "because" in stub(EMBEDDED, ["`run`: because"])
 
 
