@@ -258,6 +258,7 @@ def book() -> None:
 
     if missing := missing_runs():
         logger.warning("%s", missing)
+    typer.echo("collecting the runs and building the pages; this takes a quarter of a minute", err=True)
     index = build(project_root(), strict=True)
     typer.echo(f"the book is at {near(index)}")
 

@@ -56,14 +56,15 @@ def first_sample_sha256(batch: Batch) -> str:
     """
     digest, size = hashlib.sha256(), 0
     parts = dict(batch.items() if isinstance(batch, Mapping) else enumerate(batch))
-    samples = {str(name): values[0] for name, values in parts.items() if isinstance(values, Tensor) and len(values)}
+    rows = {str(name): values for name, values in parts.items() if isinstance(values, Tensor) and values.dim()}
+    samples = {name: values[0] for name, values in rows.items() if len(values)}
     mask = samples.get("attention_mask")
     for name in sorted(samples):
         sample = samples[name].detach()
         if mask is not None and mask.dim() == 1 and sample.shape == mask.shape:
             sample = sample[mask != 0]  # whatever the batch is padded to
         elif sample.dim() == 1 and not sample.is_floating_point():
-            size = max(size, *(len(values) for values in parts.values() if isinstance(values, Tensor)))
+            size = max(map(len, rows.values()))
         digest.update(f"{name} {sample.dtype} {tuple(sample.shape)}\n".encode())
         digest.update(sample.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() + (f" of {size}" if size else "")

@@ -73,6 +73,8 @@ def test_padding_does_not_count():
     images = torch.zeros(2, 1, 2, 3)
     others += (images,), (images.view(2, 1, 3, 2),)
     assert len({first_sample_sha256(batch) for batch in (plain, *others)}) == 9
+    assert first_sample_sha256({"x": images, "t": torch.tensor(1.0)}) == first_sample_sha256({"x": images})
+    assert len(first_sample_sha256((torch.zeros(2, 0), torch.zeros(2, dtype=torch.bool)))) == 64
     # Without a mask nobody knows: batches of other sizes may be padded otherwise.
     ids, longer = torch.tensor([[5, 6], [1, 2]]), torch.tensor([[5, 6, 0], [1, 2, 0], [1, 2, 3]])
     one, other = (first_sample_sha256({"input_ids": batch}) for batch in (ids, longer))
