@@ -22,9 +22,10 @@ from grass_lib.commands.masks import masks
 from grass_lib.commands.slurm import NoWait, SlurmOptions, run_on_slurm, slurm_settings
 from grass_lib.commands.store import app as store_app
 from grass_lib.errors import GrassError, UsageError
-from grass_lib.runner.execute import INTERRUPTED, Outcome, check_outcomes, preflight, run_all
+from grass_lib.runner.execute import INTERRUPTED, Outcome, check_outcomes, run_all
 from grass_lib.runner.parameters import describe, read_parameters, split_assignments
 from grass_lib.runner.planning import PlannedRun, experiments_by_name, plan, template_path
+from grass_lib.runner.preflight import preflight
 
 _HELP = """\
 Runs the experiments of the GraSS report, checks the runs, builds the book.

@@ -90,20 +90,6 @@ def box_muller(radius: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return turn.cos_().mul_(length), sine.mul_(length)
 
 
-def check_seed(seed: object, name: str = "seed") -> None:
-    """Refuses what `grass run` does not take as a seed either.
-
-    Args:
-        seed: As a user gave it.
-        name: How the user named it, for the message.
-
-    Raises:
-        UsageError: It is no whole number from 0 to 2**63 - 1.
-    """
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise UsageError(f"{name} is {seed!r}; expected a whole number from 0 to 2**63 - 1")
-
-
 @dataclass(frozen=True)
 class Stream:
     """A named random stream; equal names give equal numbers everywhere.

@@ -42,7 +42,7 @@ def grass(capsys):
         (["run", "-p", "seed"], "expected name=value"),
         (["run", "-p", "sede=1"], "did you mean 'seed'"),
         (["run", "-p", "seed=1.5"], "parameter 'seed' is '1.5', expected a whole number (int)"),
-        (["run", "-p", "seed=-1"], "parameter 'seed' is -1, expected a whole number >= 0"),
+        (["run", "-p", "seed=-1"], "parameter 'seed' is -1; expected a whole number from 0"),
         (["run", "-p", "ks=1,b"], "expected a list such as 1,2"),
         (["run", "-p", "scale=paper"], "give it as --scale"),
         (["run", "-p", "run_id=x"], "the runner makes it"),

@@ -19,6 +19,7 @@ from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
 from grass_lib.store import ShardWriter, Store
 from grass_lib.store.formats import Rows, empty_rows, encode, row_bytes
+from grass_lib.words import few
 
 _PINNED_BYTES = 2**30
 _SHOWN = 8
@@ -196,12 +197,11 @@ def check_finite(rows: Mapping[str, Tensor], first: int, what: str = "training s
         bad = torch.nonzero(~part.isfinite().all(dim=1)).flatten()
         if not len(bad):
             continue
-        shown = ", ".join(str(first + int(position)) for position in bad[:_SHOWN])
-        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        shown = few((bad + first).tolist(), _SHOWN)
         remedy = "look at these samples and the loss"
         if part.dtype == torch.float16:
             remedy += "; float16 ends at 65504, so bfloat16 or float32 may be what is needed"
-        raise GrassError(f"gradients of layer {name} are not finite in {part.dtype} at {what} {shown}{more}; {remedy}")
+        raise GrassError(f"gradients of layer {name} are not finite in {part.dtype} at {what} {shown}; {remedy}")
 
 
 def sample_bytes(layers: Mapping[str, int], dtype: torch.dtype) -> int:

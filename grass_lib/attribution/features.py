@@ -17,8 +17,8 @@ from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import Checkpoint, ParameterFilter, check_fit, checkpoint_shapes, load_checkpoint
 from grass_lib.gradients.stream import PassTimings, clock, progress_bar, project_loader, sample_count
 from grass_lib.projection import Mask, Projector, build_projector
-from grass_lib.rng import check_seed
-from grass_lib.specs import CompressionSpec
+from grass_lib.seeds import check_seed
+from grass_lib.specs import CompressionSpec, parse_specs
 
 MaskSource: TypeAlias = Mask | str | Path
 MaskChoice: TypeAlias = MaskSource | Sequence[MaskSource]
@@ -289,13 +289,9 @@ def _parse_specs(
         raise UsageError("Both specs= and sparsification=/projection= were given; expected one of the two.")
     if isinstance(specs, str | CompressionSpec):
         raise UsageError(f"specs is {str(specs)!r}; expected a list of compression specs, for example ['sjlt-4096'].")
-    parsed = _flat(tuple(spec if isinstance(spec, CompressionSpec) else CompressionSpec.parse(spec) for spec in specs))
+    parsed = _flat(tuple(parse_specs(specs)))
     if not parsed:
         raise UsageError("specs is empty; expected at least one compression spec, for example ['sjlt-4096'].")
-    names = [str(spec) for spec in parsed]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UsageError(f"specs holds {', '.join(repeated)} more than once; expected each spec once.")
     return parsed
 
 

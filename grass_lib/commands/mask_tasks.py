@@ -87,9 +87,9 @@ def planned_masks(
         UsageError: Something cannot work.
     """
     from grass_lib.project import project_root
-    from grass_lib.rng import check_seed
     from grass_lib.runner.parameters import read_parameters, resolve
     from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
+    from grass_lib.seeds import check_seed
     from grass_lib.specs import StageSpec
 
     check_seed(seed, "--seed")

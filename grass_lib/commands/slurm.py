@@ -12,8 +12,9 @@ from rich.markup import escape
 from grass_lib.cli_output import console_for, near, show_outcome
 from grass_lib.cluster.settings import Settings
 from grass_lib.errors import UsageError
-from grass_lib.runner.execute import INTERRUPTED, check_outcomes, preflight
+from grass_lib.runner.execute import INTERRUPTED, check_outcomes
 from grass_lib.runner.planning import PlannedRun
+from grass_lib.runner.preflight import preflight
 
 _PANEL = "Slurm"
 SlurmOptions = Annotated[

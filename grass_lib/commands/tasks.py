@@ -99,9 +99,9 @@ def planned_source(
     """
     from grass_lib.masks.factored import FACTORED_METHODS
     from grass_lib.project import project_root
-    from grass_lib.rng import check_seed
     from grass_lib.runner.parameters import read_parameters, resolve
     from grass_lib.runner.planning import check_names, check_scale, experiments_by_name, template_path
+    from grass_lib.seeds import check_seed
     from grass_lib.specs import CompressionSpec, parse_hessian
     from grass_lib.store.formats import DTYPES
 

@@ -15,16 +15,17 @@ from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.fp8 import check_fp8
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.graph import RecordedStep, shapes_of
-from grass_lib.gradients.layers import LayerChoice, LayerShape, doubts, few, find_layers, output_layer
+from grass_lib.gradients.layers import LayerChoice, LayerShape, doubts, find_layers, output_layer
 from grass_lib.gradients.maps import LayerMaps, LayerMasks, LayerMatrices
-from grass_lib.gradients.meter import Meter, measured
+from grass_lib.gradients.meter import StepClock, measured
 from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
 from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
 from grass_lib.projection import Projector
-from grass_lib.rng import check_seed
+from grass_lib.seeds import check_seed
 from grass_lib.specs import CompressionSpec
+from grass_lib.words import few
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +151,14 @@ class FactoredGradients:
         self.k = sum(self.sizes.values())
         self._graph = self.device.type == "cuda" and (compile is True if graph is None else graph)
         # The clock of a recorded step would be part of the recording.
-        self._stage1_meter = Meter(self.device) if timed and not (compile or self._graph) else None
-        self._total_meter, self._stage2_meter = Meter(self.device), Meter(self.device)
+        self._clock = StepClock(self.device, stage1=timed and not (compile or self._graph))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._pass = CapturePass(
             model,
             self._captures,
             compile=compile,
             head=head if self.include_head else None,
-            meter=self._stage1_meter,
+            meter=self._clock.stage1,
             dtype=wide,
             fp8=products,
         )
@@ -168,8 +168,6 @@ class FactoredGradients:
         self._together = Together(self._captures, self._stage2s)
         self._recorded: RecordedStep | None = None
         self._compiled_size: int | None = None
-        self._samples = self._first_samples = 0
-        self._first: dict[str, float] = {}
         self._noted = False
 
     @property
@@ -210,28 +208,11 @@ class FactoredGradients:
         The first batch, in which kernels are compiled and tables packed, counts like the later ones, by its samples.
         The parts of a compiled pass or a recorded step cannot be told apart; they count with the gradients.
         """
-        seconds = self._seconds()
-        later = self._samples - self._first_samples
-        if later > 0:
-            seconds = {name: (value - self._first[name]) * self._samples / later for name, value in seconds.items()}
-        return seconds
+        return self._clock.timings
 
     def restart_clocks(self) -> None:
         """Lets `timings` begin anew, above all once everything is compiled."""
-        for meter in filter(None, (self._stage1_meter, self._stage2_meter, self._total_meter)):
-            meter.reset()
-        self._samples = self._first_samples = 0
-        self._first = {}
-
-    def _seconds(self) -> dict[str, float]:
-        first = 0.0 if self._stage1_meter is None else self._stage1_meter.seconds
-        total = self._total_meter.seconds
-        return {"gradients": max(0.0, total - first), "compression": first + self._stage2_meter.seconds}
-
-    def _count(self, n: int) -> None:
-        if not self._samples:
-            self._first, self._first_samples = self._seconds(), n
-        self._samples += n
+        self._clock.restart()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -264,19 +245,19 @@ class FactoredGradients:
         regular = n == self.compiled_size and output is None
         if self._graph and regular:
             found = self._replay(samples, n)
-            self._count(n)
+            self._clock.count(n)
             return found
         if self._defers and regular:
             if self._uses is None or self._uses[0] == shapes_of(samples):
                 return self._block_step(samples, n)
             regular = False
         with self._pass.attached(short=True):
-            with measured(self._total_meter):
+            with measured(self._clock.total):
                 captured = self._pass(output or self.loss, samples, n, compiled=regular)
             self._note_unused(captured)
-            with measured(self._stage2_meter):
+            with measured(self._clock.stage2):
                 rows = self._scaled({name: self._finish(name, captured, n) for name in self.sizes})
-        self._count(n)
+        self._clock.count(n)
         return rows, captured.values
 
     def _replay(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -289,18 +270,18 @@ class FactoredGradients:
                 f"a batch has {shapes_of(samples)}, and the recorded step was made for {self._recorded.shapes}; "
                 "expected batches of one shape (or use graph=False)"
             )
-        with measured(self._total_meter):
+        with measured(self._clock.total):
             return self._recorded(samples)
 
     def _block_step(self, samples: Batch, n: int) -> tuple[dict[str, Tensor], Tensor]:
         with self._pass.attached(short=True):
             if self._uses is None:
                 self._uses = shapes_of(samples), self._pass.single_uses(self.loss, samples, n)
-            with measured(self._total_meter):
+            with measured(self._clock.total):
                 captured = self._pass(self.loss, samples, n, compiled=True, deferred=self._uses[1])
-            with measured(self._stage2_meter):
+            with measured(self._clock.stage2):
                 rows = self._joined(captured, n)
-        self._count(n)
+        self._clock.count(n)
         return rows, captured.values
 
     def deferred_step(self, samples: Batch, n: int, uses: Sides) -> tuple[dict[str, Tensor], Tensor]:

@@ -12,6 +12,7 @@ from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.attention_masks import whole_masks
 from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.state import ModelState, ParameterFilter, bind_state, evaluating, trainable_names
+from grass_lib.words import few
 
 _SHOWN = 8
 
@@ -241,10 +242,9 @@ def check_finite(rows: Tensor, values: Tensor, first: int) -> None:
     bad = torch.nonzero(~(torch.isfinite(rows).all(dim=1) & torch.isfinite(values))).flatten()
     if len(bad) == 0:
         return
-    shown = ", ".join(str(first + int(position)) for position in bad[:_SHOWN])
-    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    shown = few((bad + first).tolist(), _SHOWN)
     raise GrassError(
-        f"The gradient or output of {len(bad)} sample(s) is not finite, at position(s) {shown}{more}; "
+        f"The gradient or output of {len(bad)} sample(s) is not finite, at position(s) {shown}; "
         "look at these samples, or use a numerically stable output such as grass_lib.gradients.margin."
     )
 

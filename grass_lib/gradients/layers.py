@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from grass_lib.errors import UsageError
+from grass_lib.words import few
 
 LayerFilter: TypeAlias = Callable[[str, nn.Module], bool]
 LayerChoice: TypeAlias = str | Sequence[str] | LayerFilter
@@ -114,11 +115,6 @@ def doubts(model: nn.Module, found: Iterable[str], layers: LayerChoice) -> list[
         if left:
             said.append(f"layers='all' leaves out weights of other kinds: {few(left)}")
     return said
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """Names with commas between them, not too many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def output_layer(model: nn.Module) -> str | None:

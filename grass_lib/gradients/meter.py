@@ -77,3 +77,52 @@ class measured:
     def __exit__(self, *_: object) -> None:
         if self._meter is not None:
             self._meter.stop()
+
+
+class StepClock:
+    """Seconds of steps that are repeated over batches; the first batch, with all that is made at first, counts apart.
+
+    Attributes:
+        stage1: Of stage 1; None where it cannot be told apart.
+        stage2: Of stage 2.
+        total: Of forward and backward pass, stage 1 included.
+    """
+
+    def __init__(self, device: torch.device, *, stage1: bool) -> None:
+        """Starts at 0.
+
+        Args:
+            device: Where the work runs.
+            stage1: Whether stage 1 is measured.
+        """
+        self.stage1 = Meter(device) if stage1 else None
+        self.stage2, self.total = Meter(device), Meter(device)
+        self._samples = self._first_samples = 0
+        self._first: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far: ``gradients`` (forward, backward) and ``compression`` (both stages)."""
+        first = 0.0 if self.stage1 is None else self.stage1.seconds
+        return {"gradients": max(0.0, self.total.seconds - first), "compression": first + self.stage2.seconds}
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """The same, with the first batch counted like the later ones, by its samples."""
+        seconds, later = self.seconds, self._samples - self._first_samples
+        if later > 0:
+            seconds = {name: (value - self._first[name]) * self._samples / later for name, value in seconds.items()}
+        return seconds
+
+    def count(self, n: int) -> None:
+        """Says that a batch of ``n`` samples is done."""
+        if not self._samples:
+            self._first, self._first_samples = self.seconds, n
+        self._samples += n
+
+    def restart(self) -> None:
+        """Starts at 0 again."""
+        for meter in filter(None, (self.stage1, self.stage2, self.total)):
+            meter.reset()
+        self._samples = self._first_samples = 0
+        self._first = {}

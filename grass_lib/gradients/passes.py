@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -16,10 +16,10 @@ from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
-from grass_lib.gradients.layers import few
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
+from grass_lib.words import few
 
 Compile: TypeAlias = bool | Literal["blocks"]
 """Whether passes are compiled: as a whole, or block by block with one compiled code for all of them."""
@@ -213,20 +213,13 @@ class CapturePass:
         """
         seen: dict[str, list[Use]] = {name: [] for name in self.captures}
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-                shape = *y.shape[:-1], self.captures[name].out.k
-                seen[name].append((shape, y.dtype, _first(args, kwargs).dtype))
+        def note(name: str, x: Tensor, y: Tensor) -> None:
+            seen[name].append(((*y.shape[:-1], self.captures[name].out.k), y.dtype, x.dtype))
 
-            return hook
-
-        with ExitStack() as stack, torch.no_grad():
-            for name in self.captures:
-                stack.callback(self._modules[name].register_forward_hook(watch(name), with_kwargs=True).remove)
-            head = self._head_tap(output)
-            _evaluate(output, self.model, samples, head)
-            if head is not None:
-                seen[head.capture.name].append(((*head.shape, head.capture.out.k), head.dtype, head.dtype))
+        head = self._head_tap(output)
+        self._watch(output, samples, head, note)
+        if head is not None:
+            seen[head.capture.name].append(((*head.shape, head.capture.out.k), head.dtype, head.dtype))
         return {
             name: uses[0]
             for name, uses in seen.items()
@@ -236,12 +229,21 @@ class CapturePass:
     def _calls_any(self, output: Output, samples: Batch) -> bool:
         """Whether a pass calls one of the layers; run once more to see, where nothing has a gradient."""
         called: list[str] = []
+        self._watch(output, samples, None, lambda name, x, y: called.append(name))
+        return bool(called)
+
+    def _watch(
+        self, output: Output, samples: Batch, head: HeadTap | None, note: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
+        """Runs the pass without gradients; ``note`` gets name, input and output of every layer that is called."""
+
+        def watching(name: str) -> Any:
+            return lambda module, args, kwargs, y: note(name, _first(args, kwargs), y)
+
         with ExitStack() as stack, torch.no_grad():
             for name in self.captures:
-                hook = self._modules[name].register_forward_hook(lambda *_, name=name: called.append(name))
-                stack.callback(hook.remove)
-            _evaluate(output, self.model, samples, None)
-        return bool(called)
+                stack.callback(self._modules[name].register_forward_hook(watching(name), with_kwargs=True).remove)
+            _evaluate(output, self.model, samples, head)
 
     def _before(self, capture: LayerCapture) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -48,8 +48,8 @@ def factored_seconds_sentence(rows: Iterable[Mapping[str, Any]], records: Iterab
     if own[0] > own[-1]:
         text += (
             f". FactGraSS's seconds fall from {own[0]:.2f} at k = {min(ks):,} to {own[-1]:.2f} at k = {max(ks):,}, "
-            "though its work grows: the first ones hold what a kernel costs at its first use. At the largest k the "
-            f"ratio is {own[-1] / pairs[-1][1]['measured']:.2f}"
+            "though its work grows: the first ones hold something else, such as a kernel's first use, which was not "
+            f"measured apart. At the largest k the ratio is {own[-1] / pairs[-1][1]['measured']:.2f}"
         )
     return f"{text}.\n"
 

@@ -44,7 +44,9 @@ def _bench_text(bench: Mapping[str, Any] | None) -> str:
             and other["tokens_per_second"]
             and all(other[key] == row[key] for key in ("step", "spec", "layers", "hessian", "batch"))
         ]
-        ratio = f", {row['tokens_per_second'] / max(same):.2f} times the row without" if same else ""
+        times = row["tokens_per_second"] / max(same) if same else None
+        ratio = "" if times is None else f", {times:.2f} times the row without"
+        ratio += "; why it is slower has not been measured" if times is not None and times < 1 else ""
         special = f" ({row['note']})" if row["note"] else ""
         sentences.append(
             f"At batch {row['batch']} caching with FP8 products{special} runs {row['tokens_per_second']:,.0f} "

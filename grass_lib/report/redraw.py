@@ -65,7 +65,7 @@ def names_of(record: Path, noted: Mapping[str, str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Shown:
+class FromRecord:
     """Cells of an executed notebook that need nothing but the record.
 
     Attributes:
@@ -79,7 +79,7 @@ class Shown:
     noted: dict[str, str]
 
 
-def from_record(cells: Sequence[Any], record: Path) -> Shown:
+def from_record(cells: Sequence[Any], record: Path) -> FromRecord:
     """Finds the cells that show what is in the record.
 
     Args:
@@ -115,7 +115,7 @@ def from_record(cells: Sequence[Any], record: Path) -> Shown:
             known |= assigned
         else:
             known -= assigned - stand_ins  # these have other values from here on
-    return Shown(places, "\n".join(ast.unparse(node) for node in imports), noted)
+    return FromRecord(places, "\n".join(ast.unparse(node) for node in imports), noted)
 
 
 def redraw(runs: Sequence[tuple[NotebookNode, Path]]) -> list[NotebookNode]:

@@ -25,7 +25,6 @@ _SYSTEM_COLOURS = {
     "bergson": "#D98C00",
     "kronfluence": "#9A3FA0",
 }
-_LOWER = ("sjlt", "dattri", "bergson", "kronfluence")
 
 
 def described(options: Options) -> tuple[str, str]:
@@ -103,9 +102,8 @@ def facts_text(found: Iterable[Mapping[str, Any]]) -> str:
     lines = []
     for each in (each for each in found if each["seen"] != each["expected"]):
         what, expected, seen, why = (in_markdown(each[name]) for name in ("what", "expected", "seen", "why"))
-        lines.append(
-            f"- **{each['system']}**, {what}. One would expect: {expected}. Seen: **{seen}**. {_sentence(why)}"
-        )
+        why = f" ({why})" if why else ""
+        lines.append(f"- **{each['system']}**, {what}. One would expect: {expected}. Seen: **{seen}**{why}.")
     return "\n".join(lines) + "\n"
 
 
@@ -115,13 +113,6 @@ def in_markdown(text: str) -> str:
     for mark in ("\\", "|", "*", "_", "`"):
         escaped = escaped.replace(mark, f"\\{mark}")
     return escaped
-
-
-def _sentence(text: str) -> str:
-    """With a full stop; what begins with the name of code keeps its case."""
-    first = text.split(" ")[0]
-    code = "." in first or "_" in first or first in _LOWER
-    return f"{text if code else text[:1].upper() + text[1:]}." if text else ""
 
 
 def cost_table(rows: Iterable[Row]) -> pd.DataFrame:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grass_lib.errors import BusyError, GrassError, UsageError
-from grass_lib.project import package_folder, runs_root
+from grass_lib.errors import BusyError, GrassError
+from grass_lib.project import package_folder
 from grass_lib.report.environment import cpu_count
 from grass_lib.report.files import disk_full_message, file_sha256, is_disk_full, json_bytes, write_atomic
 from grass_lib.runner.lock import run_lock
@@ -325,31 +324,3 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> None:
         raise GrassError(
             f"{len(busy)} of {len(outcomes)} runs are left to the processes that execute them: {', '.join(busy)}"
         )
-
-
-def preflight(jobs: int, *, dry: bool = False) -> None:
-    """Checks that the folder of the runs can be written to.
-
-    Args:
-        jobs: number of runs at a time.
-        dry: whether nothing is to stay, not even the folder.
-
-    Raises:
-        UsageError: ``jobs`` is not positive, or the folder cannot be made or written to.
-        GrassError: the disk is full.
-    """
-    if jobs < 1:
-        raise UsageError(f"--jobs is {jobs}, expected a whole number >= 1")
-    folder = runs_root()
-    try:
-        if not dry:
-            folder.mkdir(parents=True, exist_ok=True)
-        place = next(item for item in (folder, *folder.parents) if item.exists())
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=place) as probe:
-            (Path(probe) / "probe").write_bytes(b"x" * 4096)
-    except OSError as error:
-        if is_disk_full(error):
-            raise GrassError(disk_full_message(folder)) from error
-        raise UsageError(
-            f"the folder of the runs, {folder}, cannot be written to ({error.strerror}); set GRASS_RUNS to one that can"
-        ) from error

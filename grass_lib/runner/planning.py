@@ -13,6 +13,7 @@ from grass_lib.project import project_root, runs_root
 from grass_lib.report.environment import module_hashes, template_hash
 from grass_lib.runner.parameters import Parameter, check_value, parameter_hash, read_parameters, resolve
 from grass_lib.runner.verify import INTERRUPTED, STATUS, load_status, verify_run, without_remedy
+from grass_lib.seeds import check_seed
 
 if TYPE_CHECKING:
     from grass_lib.experiments import Experiment
@@ -208,8 +209,7 @@ def plan(
     if hessian is not None:
         shortcuts.append(("hessian", "--hessian", parse_hessian(hessian)))
     if seed is not None:
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"--seed is {seed}, expected a whole number from 0 to 2**63 - 1")
+        check_seed(seed, "--seed")
         shortcuts.append(("seed", "--seed", seed))
     for name, flag, _ in shortcuts:
         if name in values:
@@ -246,8 +246,8 @@ def _plan_one(
         wanted = value.split(",") if parameters[parameter].is_list else value
         values[parameter] = check_value(parameters[parameter], wanted)
     check_specs(values)
-    if isinstance(values.get("seed"), int) and values["seed"] < 0:
-        raise UsageError(f"parameter 'seed' is {values['seed']}, expected a whole number >= 0")
+    if "seed" in values:
+        check_seed(values["seed"], "parameter 'seed'")
     validate = getattr(experiment, "validate", None)
     if validate is not None:
         validate(scale, values)

@@ -279,7 +279,7 @@ def test_bad_input_is_refused():
     refuse("expected one of relative, paper", projection="sjlt-8", convention="absolute")
     refuse("one of the two", projection="sjlt-8", specs=["sjlt-8"])
     refuse("specs is empty", specs=[])
-    refuse("more than once", specs=["sjlt-8", "sjlt-8"])
+    refuse("sjlt-8 twice", specs=["sjlt-8", "sjlt-8"])
     refuse("expected a list of compression", specs="sjlt-8")
     refuse("float16", projection="sjlt-8", dtype=torch.float16)
     refuse("seed is -1", projection="sjlt-8", seed=-1)

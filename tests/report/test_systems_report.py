@@ -79,7 +79,8 @@ def test_checks_facts_and_correlations():
     check = {"theirs": "a", "ours": "b", "spearman": 1.0, "largest_difference": 1e-7, "same": True, "rest": "rounding"}
     assert "| a | b | 1.000000 | 1.0e-07 | yes | rounding |" in systems.checks_text([check])
     fact = {"system": "LogIX", "what": "<b>", "expected": "x", "seen": "y", "why": "z"}
-    assert "**LogIX**, &lt;b&gt;. One would expect: x. Seen: **y**. Z." in systems.facts_text([fact])
+    assert "**LogIX**, &lt;b&gt;. One would expect: x. Seen: **y** (z)." in systems.facts_text([fact])
+    assert systems.facts_text([fact | {"seen": "x"}]) == "\n"  # as expected
     assert len(systems.correlation_figure(["a", "b"], [[1.0, 0.5], [0.5, 1.0]]).axes) == 2
 
 
