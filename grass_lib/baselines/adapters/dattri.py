@@ -230,8 +230,8 @@ def _stage2(workload: Workload, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     attributor = DattriAdapter(workload, DattriOptions(method="factgrass", k=16), folder)._block_projected()
     return {
-        "what": f"FactGraSSAttributor(device={workload.device!r})",
-        "expected": "sjlt in its second stage",
+        "what": f"the second stage of FactGraSSAttributor(device={workload.device!r})",
+        "expected": "sjlt",
         "seen": attributor.projector_kwargs["proj_type"],
         "why": "sjlt is chosen for the device string 'cuda' alone; 'cuda:0' and 'cpu' get a dense Gaussian matrix",
     }
