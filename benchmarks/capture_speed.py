@@ -32,8 +32,8 @@ from benchmarks.live_blocks import blocks_of
 from grass_lib.gradients import FactoredGradients, causal_loss
 from grass_lib.gradients.graph import RecordedStep
 
-BLOCK, ROUNDS = 512, 20
-_T = 2.093  # of Student's distribution with ROUNDS - 1 degrees, for 95 % intervals
+BLOCK, ROUNDS = 512, 40
+_T = 2.023  # of Student's distribution with ROUNDS - 1 degrees, for 95 % intervals
 SPECS = {
     "FactGraSS": {"sparsification": "random_mask-128*128", "projection": "sjlt-4096"},
     "LoGra": {"sparsification": "normal-64*64", "projection": "identity"},

@@ -8,6 +8,7 @@ ordinary automatic differentiation: a layer that is used twice adds its parts, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -73,13 +74,9 @@ class LayerCapture:
         return self.shape.kind in ("linear", "conv1d") and not (self.out.is_identity or self.into.is_identity)
 
     @property
-    def can_wait(self) -> bool:
-        """Whether a compiled pass may take the input side anew in its backward pass.
-
-        Kept columns cost little to compute once more from what the backward pass has anyway, and then nothing of them
-        is held until it is there. A dense side would need the whole input again.
-        """
-        return self.can_defer and self.into.index is not None
+    def keeps_columns(self) -> bool:
+        """Whether the contraction may wait, and both sides are kept columns."""
+        return self.can_defer and self.out.index is not None and self.into.index is not None
 
     def keep(self, module: nn.Module, x: Tensor, meter: Meter | None) -> tuple[Tensor, ...]:
         """What is needed of the input: its compressed side; for a norm the input itself, which it has anyway.
@@ -95,6 +92,19 @@ class LayerCapture:
             if self.shape.kind in NORMS:
                 return x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm")
             return (self._into(module, x),)
+
+    def columns_beside(self, x: Tensor, *, last: bool, held: Sequence[Tensor]) -> Tensor:
+        """The input side of a layer that `keeps_columns`, taken beside the pass; see the function of that name.
+
+        Args:
+            x: The layer's input as a matrix ``(n, d_in)``.
+            last: Waits for the copy.
+            held: Input and result of the call before.
+
+        Returns:
+            ``(n, k2)``.
+        """
+        return self._into.columns_beside(x, last=last, held=held)
 
     def apply(self, kept: tuple[Tensor, ...], y: Tensor, probe: Tensor, meter: Meter | None) -> Tensor:
         """Hands ``y`` on, with the probe attached.
@@ -129,26 +139,11 @@ class LayerCapture:
         """
         return _Tap.apply(y, probe, *self._tables, self)
 
-    def tap_both(self, x: Tensor, y: Tensor, probe: Tensor, other: Tensor) -> Tensor:
-        """Like `tap`, with the input side as a gradient too; see `can_wait`.
-
-        Args:
-            x: The layer's input ``(batch, ..., d_in)``.
-            y: The layer's output ``(batch, ..., d_out)``.
-            probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
-            other: ``(batch, ..., k2)``; its gradient will be the compressed input side.
-        """
-        return _TapBoth.apply(y, probe, x, other, *self._tables, self)
-
     def shorten(self, delta: Tensor, tables: Tables) -> Tensor:
         """The output side of a linear layer's gradient, compressed: ``(batch, ..., k1)``."""
         index, matrix = tables
         delta = delta if index is None else kept_columns(delta, index)
         return delta if matrix is None else delta @ matrix.to(delta.dtype)
-
-    def columns(self, x: Tensor) -> Tensor:
-        """Kept columns of an input ``(batch, ..., d_in)``, in operations that compilers join with what made it."""
-        return self._into.columns(x)
 
     def join(self, left: Tensor, right: Tensor) -> Tensor:
         """Contracts both compressed sides over tokens.
@@ -223,7 +218,7 @@ class _Capture(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, matrix, *kept)
         ctx.layer, ctx.meter = layer, meter
-        return _handed_on(ctx, y)
+        return handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,41 +242,14 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, matrix)
         ctx.layer = layer
-        return _handed_on(ctx, y)
+        return handed_on(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0], ctx.layer.shorten(gradients[0], ctx.saved_tensors), None, None, None
 
 
-class _TapBoth(torch.autograd.Function):
-    """Identity on a layer's output whose backward pass gives two probes both sides, compressed.
-
-    The input side is saved like any other tensor: a compiler decides whether it is kept or computed once more.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        probe: Tensor,
-        x: Tensor,
-        other: Tensor,
-        index: Tensor | None,
-        matrix: Tensor | None,
-        layer: LayerCapture,
-    ) -> Tensor:
-        ctx.save_for_backward(layer.columns(x), index, matrix)
-        ctx.layer = layer
-        return _handed_on(ctx, y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        right, *tables = ctx.saved_tensors
-        return gradients[0], ctx.layer.shorten(gradients[0], tables), None, right, None, None, None
-
-
-def _handed_on(ctx: Any, y: Tensor) -> Tensor:
+def handed_on(ctx: Any, y: Tensor) -> Tensor:
     """A layer's output as the output of a function, without a copy.
 
     An activation after the layer may work in place: the output is the same tensor, or shares its memory without being

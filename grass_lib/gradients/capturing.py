@@ -56,7 +56,8 @@ class CapturedGraphs:
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
+            # What a step does beside its main line takes what that leaves free.
+            self._stream = torch.cuda.Stream(self._device, priority=-1)
         graph = torch.cuda.CUDAGraph()
         pool = self._graphs[0].pool() if self._graphs else torch.cuda.graph_pool_handle()
         index = torch.cuda.current_device()

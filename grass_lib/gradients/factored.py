@@ -22,6 +22,7 @@ from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
 from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
+from grass_lib.kernels.columns import join_columns
 from grass_lib.projection import Projector
 from grass_lib.seeds import check_seed
 from grass_lib.specs import CompressionSpec
@@ -36,8 +37,7 @@ class FactoredGradients:
     A layer's weight gradient is ``sum_t delta_t x_t^T``: gradients of its outputs times its inputs (with a 1 appended
     for the bias). Stage 1 shortens ``delta`` and ``x``, the sum over tokens follows, stage 2 shortens the flattened
     ``(k1, k2)`` matrix. Weights are frozen while gradients are captured, so that nothing is computed for them, nothing
-    below the lowest captured layer, and of each input only the kept columns stay for the backward pass (in a recorded
-    step of a model that is compiled as a whole only those that it cannot take anew from what it has anyway).
+    below the lowest captured layer, and of each input only the kept columns stay for the backward pass.
 
     Samples must not influence each other: the model runs in evaluation mode, and every layer must have samples on
     dimension 0. Afterwards the model is as it was found, also after an exception.
@@ -296,6 +296,7 @@ class FactoredGradients:
             As a call does.
         """
         captured = self._pass(self.loss, samples, n, compiled=True, deferred=uses)
+        join_columns()
         return self._joined(captured, n), captured.values
 
     def _joined(self, captured: Captured, n: int) -> dict[str, Tensor]:

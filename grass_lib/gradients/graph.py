@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.capturing import CapturedGraphs
 from grass_lib.gradients.outputs import Batch
+from grass_lib.kernels.columns import ColumnsMoved, beside
 
 Step = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
 
@@ -47,12 +49,22 @@ class RecordedStep:
             for _ in range(2):
                 step(self._inputs)
         current.wait_stream(stream)
+        found = None
+        with beside(device), suppress(ColumnsMoved):
+            found = self._record(step, device)
+        if found is None:
+            found = self._record(step, device)
+        self._rows, self._values = found
+
+    def _record(self, step: Step, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         found: list[tuple[dict[str, Tensor], Tensor]] = []
         try:
             self._recorded = CapturedGraphs(device)(lambda: found.append(step(self._inputs)))
         except GrassError as error:
+            if isinstance(error.__cause__, ColumnsMoved):
+                raise error.__cause__ from None
             raise UsageError(f"this step cannot be recorded as a CUDA graph: {error}. Use graph=False") from error
-        self._rows, self._values = found[0]
+        return found[0]
 
     def fits(self, samples: Batch) -> bool:
         """Whether a batch has the shapes that were recorded."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
+from grass_lib.gradients.column_chain import ColumnChain, Use
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
@@ -23,10 +24,8 @@ from grass_lib.words import few
 
 Compile: TypeAlias = bool | Literal["blocks"]
 """Whether passes are compiled: as a whole, or block by block with one compiled code for all of them."""
-Use: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.dtype]
-"""Shape ``(batch, ..., k1)`` of a layer's compressed output side, and the types of output and input side."""
 Sides = dict[str, Use]
-"""By layer."""
+"""By layer, in the order in which a pass calls them."""
 
 
 @dataclass
@@ -82,9 +81,9 @@ class CapturePass:
         self._meter, self._dtype, self._fp8 = meter, dtype, fp8
         self._whole = compile is True
         self._probes: dict[str, Tensor] = {}
-        self._others: dict[str, Tensor] = {}
         self._inputs: dict[str, tuple[Tensor, ...]] = {}
         self._deferred: Sides = {}
+        self._chain: ColumnChain | None = None
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._depth = 0
 
@@ -143,8 +142,10 @@ class CapturePass:
         self._probes = {name: zero.expand(n, capture.size) for name, capture in self.captures.items()}
         for name, (shape, dtype, _) in self._deferred.items():
             self._probes[name] = self._zero(dtype).expand(shape)
-        self._others = self._input_probes() if compiled and self._whole else {}
-        probes = [probe.requires_grad_() for probe in (*self._probes.values(), *self._others.values())]
+        if compiled and self._whole:
+            inner = {name: use for name, use in self._deferred.items() if name != self._head}
+            self._chain = ColumnChain(self.captures, inner)
+        probes = [probe.requires_grad_() for probe in self._probes.values()]
         head = self._head_tap(output)
         try:
             with ExitStack() as stack:
@@ -152,6 +153,8 @@ class CapturePass:
                 if self._blocks is not None:
                     stack.enter_context(self._blocks.probing(self._probes, self._deferred, compiled=compiled))
                 values = (self._compiled if compiled else _evaluate)(output, self.model, samples, head)
+                if self._chain is not None:
+                    self._chain.check_closed()
                 inside = {} if self._blocks is None else self._blocks.kept()
                 if not isinstance(values, Tensor) or values.shape != (n,):
                     seen = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
@@ -175,19 +178,9 @@ class CapturePass:
             if head is not None and head.deferred and head.kept is not None:
                 inside[head.capture.name] = head.kept
             inputs = inside | {name: self._inputs[name][0] for name in self._deferred if name in self._inputs}
-            late = zip(self._others, found[len(self._probes) :], strict=True)
-            inputs |= {name: part for name, part in late if part is not None}
-            return Captured(dict(zip(self._probes, found, strict=False)), values.detach(), inputs)
+            return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), inputs)
         finally:
-            self._probes, self._others, self._deferred, self._inputs = {}, {}, {}, {}
-
-    def _input_probes(self) -> dict[str, Tensor]:
-        """Probes of input sides that the compiler may take in the backward pass, by layer."""
-        return {
-            name: self._zero(dtype).expand(*shape[:-1], self.captures[name].into.k)
-            for name, (shape, _, dtype) in self._deferred.items()
-            if name != self._head and self.captures[name].can_wait
-        }
+            self._probes, self._deferred, self._inputs, self._chain = {}, {}, {}, None
 
     def _head_tap(self, output: Output) -> HeadTap | None:
         """What an output that computes logits by itself gets, where the output layer is captured."""
@@ -211,15 +204,15 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        seen: dict[str, list[Use]] = {name: [] for name in self.captures}
+        seen: dict[str, list[Use]] = {}
 
         def note(name: str, x: Tensor, y: Tensor) -> None:
-            seen[name].append(((*y.shape[:-1], self.captures[name].out.k), y.dtype, x.dtype))
+            seen.setdefault(name, []).append(((*y.shape[:-1], self.captures[name].out.k), y.dtype, x.dtype))
 
         head = self._head_tap(output)
         self._watch(output, samples, head, note)
         if head is not None:
-            seen[head.capture.name].append(((*head.shape, head.capture.out.k), head.dtype, head.dtype))
+            seen.setdefault(head.capture.name, []).append(((*head.shape, head.capture.out.k), head.dtype, head.dtype))
         return {
             name: uses[0]
             for name, uses in seen.items()
@@ -249,8 +242,11 @@ class CapturePass:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.name in self._probes:
                 x = _first(args, kwargs)
-                late = capture.name in self._others
-                self._inputs[capture.name] = (x,) if late else capture.keep(module, x, self._clock())
+                chain = self._chain
+                if chain is not None and chain.takes(capture.name):
+                    self._inputs[capture.name] = (chain.keep(capture, x),)
+                else:
+                    self._inputs[capture.name] = capture.keep(module, x, self._clock())
 
         return hook
 
@@ -259,8 +255,8 @@ class CapturePass:
             name = capture.name
             if name not in self._probes:
                 return None
-            if name in self._others:
-                return capture.tap_both(self._inputs.pop(name)[0], y, self._probes[name], self._others[name])
+            if self._chain is not None and self._chain.took(name):
+                return self._chain.tap(capture, y, self._probes[name])
             if name in self._deferred:
                 return capture.tap(y, self._probes[name])
             return capture.apply(self._inputs.pop(name), y, self._probes[name], self._clock())

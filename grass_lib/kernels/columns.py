@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from grass_lib.errors import GrassError
 from grass_lib.kernels import nvrtc
 
 _THREADS, _ROWS = 256, 16
@@ -27,25 +31,127 @@ def kept_columns(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
         ``(..., k)``, or ``(..., k + 1)`` with ones.
     """
     if not (x.is_cuda and x.dtype in _ONE and x.dim() > 1):
-        return plain_columns(x, index, ones)
+        return _plain(x, index, ones)
     # As a matrix, which the layer makes of it too: a compiler sees one tensor and writes it once.
     return _columns(x.flatten(0, -2), index, ones).unflatten(0, x.shape[:-1])
 
 
-def plain_columns(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
-    """What `kept_columns` gives, in operations of PyTorch, which compilers join with what made the tensor."""
+class ColumnsMoved(GrassError):
+    """A compiler handed on another tensor than the one whose columns are being copied, which then has no guard."""
+
+
+def columns_beside(
+    x: Tensor, index: Tensor, ones: bool = False, *, last: bool = False, held: Sequence[Tensor] = ()
+) -> Tensor:
+    """`kept_columns` of a matrix on a stream of its own, beside what is done with the matrix meanwhile.
+
+    For compiled passes: inside `beside` it does not wait for the copy, the next call does. Until then nobody may write
+    over ``x`` or read the result, and a compiler that knows nothing of streams must see to it: the next call takes both
+    in ``held``, so that they live, and calls stay in their order. The last one of a forward or backward pass waits for
+    itself. Outside of `beside` it is `kept_columns`.
+
+    Args:
+        x: ``(n, d)``.
+        index: Kept columns, int64 ``(k,)``, ascending.
+        ones: Appends a column of ones.
+        last: Waits for the copy.
+        held: ``x`` and result of the call before.
+
+    Returns:
+        ``(n, k)``, or ``(n, k + 1)`` with ones.
+
+    Raises:
+        ColumnsMoved: What is held is not what the call before had.
+    """
+    return _columns_beside(x, index, ones, last, list(held))
+
+
+class _Side:
+    """A stream beside the present one, and the addresses of what runs there: the tensor that is read and the result."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._running: list[int] = []
+
+    def run(self, x: Tensor, out: Tensor, work: Callable[[], None]) -> None:
+        """Runs something beside the present stream, once that has come here."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        self._running = [x.data_ptr(), out.data_ptr()]
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def join(self, held: Sequence[Tensor] | None = None) -> None:
+        """The present stream waits for what runs beside it; checks what was held for it."""
+        if not self._running:
+            return
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        running, self._running = self._running, []
+        if held is not None and running != [part.data_ptr() for part in held]:
+            raise ColumnsMoved("the compiler moved a tensor whose columns are being copied")
+
+
+_side: _Side | None = None
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Lets `columns_beside` use a stream of its own on a GPU; not for two recordings at the same time."""
+    global _side
+    before, _side = _side, _Side(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        _side = before
+
+
+def join_columns() -> None:
+    """The present stream waits for all columns that `columns_beside` takes."""
+    if _side is not None:
+        _side.join()
+
+
+def _plain(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
+    """What `kept_columns` gives, in operations of PyTorch."""
     kept = x.index_select(-1, index)
     return torch.cat([kept, kept.new_ones(*kept.shape[:-1], 1)], dim=-1) if ones else kept
 
 
-@torch.library.custom_op("grass_lib::kept_columns", mutates_args=())
+# Any strides will do: to get those that it saw, a compiler would write a copy beside what it computes.
+@torch.library.custom_op("grass_lib::kept_columns", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def _columns(x: Tensor, index: Tensor, ones: bool) -> Tensor:
     if nvrtc.missing_for_kernels() is not None:
-        return plain_columns(x, index, ones)
+        return _plain(x, index, ones)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), len(index) + ones)
-    if out.numel() == 0:
-        return out
+    if out.numel() > 0:
+        _launch(x, index, ones, out)
+    return out
+
+
+@_columns.register_fake
+def _(x: Tensor, index: Tensor, ones: bool) -> Tensor:
+    return x.new_empty(len(x), len(index) + ones)
+
+
+@torch.library.custom_op("grass_lib::columns_beside", mutates_args=(), tags=[torch.Tag.flexible_layout])
+def _columns_beside(x: Tensor, index: Tensor, ones: bool, last: bool, held: list[Tensor]) -> Tensor:
+    if _side is not None:
+        _side.join(held)
+    kernel = x.is_cuda and x.dtype in _ONE and nvrtc.missing_for_kernels() is None
+    if _side is None or last or not kernel or x.stride(1) != 1 or x.numel() == 0:
+        return kept_columns(x, index, ones)
+    out = x.new_empty(len(x), len(index) + ones)
+    _side.run(x, out, lambda: _launch(x, index, ones, out))
+    return out
+
+
+@_columns_beside.register_fake
+def _(x: Tensor, index: Tensor, ones: bool, last: bool, held: list[Tensor]) -> Tensor:
+    return x.new_empty(len(x), len(index) + ones)
+
+
+def _launch(x: Tensor, index: Tensor, ones: bool, out: Tensor) -> None:
+    """The kernel, on the present stream."""
     constants = {
         "IN": nvrtc.DTYPE_CODES[x.dtype],
         "OUT": nvrtc.DTYPE_CODES[x.dtype],
@@ -62,9 +168,3 @@ def _columns(x: Tensor, index: Tensor, ones: bool) -> Tensor:
         0,
         (x.data_ptr(), x.stride(0), len(x), index.data_ptr(), len(index), out.data_ptr()),
     )
-    return out
-
-
-@_columns.register_fake
-def _(x: Tensor, index: Tensor, ones: bool) -> Tensor:
-    return x.new_empty(len(x), len(index) + ones)

@@ -4,7 +4,8 @@
 // bfloat16 and add in float32 (the products are exact); G then lies in shared memory, and every output adds its own
 // entries in ascending order. Without a second stage G itself is the result.
 //
-// Compile-time constants: K1, K2 (multiples of 16, sides of G), SJLT, LAYERS (room in the arguments).
+// Compile-time constants: K1, K2 (multiples of 16, sides of G), SJLT, NEAR (bytes into shared memory from where the
+// SJLT's table lies beside G, 0 if it stays where it is), ENTRIES (their number), LAYERS (room in the arguments).
 #define WARPS 8
 #define THREADS (WARPS * 32)
 #define STAGES 3
@@ -46,6 +47,9 @@ __device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Where an element of G lies: rows that a warp writes together begin in different banks.
+__device__ __forceinline__ int place(int i) { return K2 % 32 == 0 ? i ^ (((i / K2) & 3) << 3) : i; }
+
 extern "C" __global__ void __launch_bounds__(THREADS) contract(const __grid_constant__ Layers layers, int tokens, int k) {
     extern __shared__ __align__(16) unsigned char memory[];
     const Layer& layer = layers.layer[blockIdx.y];
@@ -76,6 +80,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) contract(const __grid_cons
         copies_commit();
     };
 
+#if NEAR
+    // The table arrives while the products run: read from afar, every output would wait for it twice.
+    u16* near_entries = (u16*)(memory + NEAR);
+    int* near_offsets = (int*)(memory + NEAR + 2 * ENTRIES);
+    auto issue_table = [&]() {
+        for (int i = tid; i < ENTRIES / 8; i += THREADS)
+            copy16(shared_address(near_entries + i * 8), layer.entries + i * 8, 16);
+        const int bytes = (k + 1) * 4;
+        for (int i = tid; i * 16 < bytes; i += THREADS)
+            copy16(shared_address(near_offsets + i * 4), layer.offsets + i * 4, min(16, bytes - i * 16));
+    };
+#endif
+
     float sum[MINE][PAIRS][2][4];
 #pragma unroll
     for (int m = 0; m < MINE; m++)
@@ -94,6 +111,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) contract(const __grid_cons
     for (int t = 0; t < tiles; t++) {
         copies_wait<STAGES - 2>();
         __syncthreads();
+#if NEAR
+        if (t == 0) issue_table();
+#endif
         issue(t + STAGES - 1);
         const u32 stage = shared_address(memory + (t % STAGES) * STAGE_BYTES);
 #pragma unroll
@@ -128,27 +148,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) contract(const __grid_cons
             const int pair = n * WN + warp_n;
             if (pair < NT)
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
+                for (int i = 0; i < 8; i += 2) {
                     const int half = i / 4, c = i % 4;
                     const int row = (m * WM + warp_m) * 16 + lane / 4 + (c / 2) * 8;
-                    const int column = pair * 16 + half * 8 + (lane % 4) * 2 + c % 2;
-                    whole[row * K2 + column] = sum[m][n][half][c];
+                    const int column = pair * 16 + half * 8 + (lane % 4) * 2;
+                    *(float2*)(whole + place(row * K2 + column)) = make_float2(sum[m][n][half][c], sum[m][n][half][c + 1]);
                 }
         }
     __syncthreads();
 
     float* out = layer.out + sample * k;
+#if NEAR
+    const u16* entries = near_entries;
+    const int* offsets = near_offsets;
+#else
+    const u16* entries = layer.entries;
+    const int* offsets = layer.offsets;
+#endif
 #if SJLT
     for (int d = tid; d < k; d += THREADS) {
         float total = 0.f;
-        const int end = layer.offsets[d + 1];
-        for (int i = layer.offsets[d]; i < end; i++) {
-            const u32 entry = layer.entries[i];
-            total += __uint_as_float(__float_as_uint(whole[entry & 0x7fff]) ^ ((entry << 16) & 0x80000000u));
+        const int end = offsets[d + 1];
+        for (int i = offsets[d]; i < end; i++) {
+            const u32 entry = entries[i];
+            total += __uint_as_float(__float_as_uint(whole[place(entry & 0x7fff)]) ^ ((entry << 16) & 0x80000000u));
         }
         out[d] = total * layer.scale;
     }
 #else
-    for (int d = tid; d < K1 * K2; d += THREADS) out[d] = whole[d] * layer.scale;
+    for (int d = tid; d < K1 * K2; d += THREADS) out[d] = whole[place(d)] * layer.scale;
 #endif
 }

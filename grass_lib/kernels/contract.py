@@ -14,6 +14,7 @@ from grass_lib.kernels import nvrtc
 _LAYERS = 64  # of one launch: their addresses are its arguments, of which there are at most 4 KiB
 _LAYER_BYTES = 56
 _TOKENS, _STAGES, _THREADS = 32, 3, 256
+_NEAR_BYTES = 115_000  # of shared memory: two thread blocks still fit beside each other where there are 228 KiB
 _LARGEST = 1 << 14  # of k1 * k2: sums of a thread block stay in registers, places in 15 bits
 
 
@@ -100,9 +101,22 @@ def contract(
     (samples, tokens, k1), k2 = lefts[0].shape, rights[0].shape[2]
     k = k1 * k2 if tables is None else tables[0].k
     out = torch.empty(len(lefts), samples, k, dtype=torch.float32, device=lefts[0].device)
-    constants = {"IN": 2, "OUT": 0, "K1": k1, "K2": k2, "SJLT": int(tables is not None), "LAYERS": _LAYERS}
-    kernel = nvrtc.kernel("contract.cu", "contract", "Sii", constants, out.device)
     shared = max(_STAGES * _TOKENS * 2 * (k1 + k2 + 16), 4 * k1 * k2)
+    entries = 0 if tables is None else len(tables[0].entries)
+    table_bytes = 2 * entries + 4 * (k + 4)
+    near = entries > 0 and shared + table_bytes <= _NEAR_BYTES and nvrtc.shared_memory(out.device) > 2 * _NEAR_BYTES
+    constants = {
+        "IN": 2,
+        "OUT": 0,
+        "K1": k1,
+        "K2": k2,
+        "SJLT": int(tables is not None),
+        "NEAR": shared if near else 0,
+        "ENTRIES": entries if near else 0,
+        "LAYERS": _LAYERS,
+    }
+    shared += table_bytes if near else 0
+    kernel = nvrtc.kernel("contract.cu", "contract", "Sii", constants, out.device)
     for start in range(0, len(lefts), _LAYERS):
         places = range(start, min(start + _LAYERS, len(lefts)))
         words = b"".join(

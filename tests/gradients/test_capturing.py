@@ -65,9 +65,9 @@ class Cuda:
         self.mode = 0
         replaced = {
             "CUDAGraph": Graph,
-            "Stream": lambda device: "side",
+            "Stream": lambda device, priority=0: "side",
             "stream": stream,
-            "device": lambda device: nullcontext(),
+            "device": lambda device, priority=0: nullcontext(),
             "synchronize": lambda: cuda.calls.append("synchronize"),
             "empty_cache": lambda: None,
             "graph_pool_handle": lambda: (0, 1),
@@ -79,7 +79,7 @@ class Cuda:
         for name, value in replaced.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch, "rand", rand)
-        monkeypatch.setattr(torch, "Generator", lambda device: Generator())
+        monkeypatch.setattr(torch, "Generator", lambda device, priority=0: Generator())
         private = {
             "_cuda_clearCublasWorkspaces": lambda: cuda.calls.append("clear"),
             "_cuda_endAllocateToPool": end_pool,

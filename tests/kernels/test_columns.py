@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grass_lib.kernels.columns import kept_columns
+from grass_lib.kernels import columns
+from grass_lib.kernels.columns import ColumnsMoved, kept_columns
 
 
 @pytest.mark.parametrize("ones", [False, True])
@@ -15,3 +16,37 @@ def test_columns_are_taken(shape, k, ones):
     assert found.shape == (*shape[:-1], k + ones)
     assert torch.equal(found[..., :k], x[..., index])
     assert not ones or bool((found[..., k] == 1).all())
+
+
+class Stream:
+    """Notes who waits for it."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def test_what_is_copied_beside_has_to_be_held(monkeypatch):
+    main, stream = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda one: columns.beside(torch.device("cpu")))
+    side = columns._Side(Stream.device)
+    x, out, done = torch.ones(3, 4), torch.ones(3, 2), []
+    side.join([])
+    assert main.waited == []  # nothing runs
+    for held in ([], [x], [out, x], [x.clone(), out], [x, out.clone()]):
+        side.run(x, out, lambda: done.append(1))
+        with pytest.raises(ColumnsMoved, match="moved"):
+            side.join(held)
+    side.run(x, out, lambda: done.append(1))
+    side.join([x, out])
+    side.run(x, out, lambda: done.append(1))
+    side.join()
+    assert len(done) == len(main.waited) == len(stream.waited) == 7
+    assert set(main.waited) == {stream}
+    assert set(stream.waited) == {main}

@@ -36,6 +36,7 @@ _SOURCES = [
     ("gather.cu", {}),
     ("columns.cu", {"ONES": 1, "ONE": 1, "THREADS": 256, "ROWS": 16}),
     ("contract.cu", {"K1": 128, "K2": 128, "SJLT": 1, "LAYERS": 64}),
+    ("contract.cu", {"K1": 128, "K2": 128, "SJLT": 1, "NEAR": 65536, "ENTRIES": 16384, "LAYERS": 64}),
     ("contract.cu", {"K1": 48, "K2": 16, "SJLT": 0, "LAYERS": 64}),
     ("sampled.cu", {"THREADS": 256, "GROUP": 8, "ITEMS": 4}),
     ("reduce.cu", {}),

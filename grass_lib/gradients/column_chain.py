@@ -1,0 +1,135 @@
+"""Kept columns of a compiled pass, copied beside it.
+
+Copying columns waits for memory, while the layer's products beside it wait for arithmetic: a recorded step does both
+at once (`columns_beside`). A compiler gives the memory of a tensor to the next one as soon as nothing reads it any
+more, and it does not see that a copy on another stream still does. So copies form a chain: each takes the tensor and
+the result of the one before, and waits for it. In the forward pass the hooks hand both on. In the backward pass
+automatic differentiation does: every layer's tap takes two outputs of the tap before it that have no memory, and what
+it gives as their gradients are its own output's gradient and the kept columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients.capture import LayerCapture, handed_on
+from grass_lib.kernels.columns import columns_beside
+
+Use: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.dtype]
+"""Shape ``(batch, ..., k1)`` of a layer's compressed output side, and the types of output and input side."""
+
+
+class ColumnChain:
+    """The chain of one pass; layers that come in another order than expected are not part of it."""
+
+    def __init__(self, captures: Mapping[str, LayerCapture], uses: Mapping[str, Use]) -> None:
+        """Lays out the chain.
+
+        Args:
+            captures: By layer.
+            uses: Layers whose contraction is left to the caller, in the order in which the model calls them.
+        """
+        self._captures, self._uses = captures, uses
+        self._names = [name for name in uses if captures[name].keeps_columns]
+        self._place = 0
+        self._taken: dict[str, bool] = {}
+        self._before: tuple[Tensor, ...] = ()
+        self._links: tuple[Tensor, ...] = ()
+
+    def takes(self, name: str) -> bool:
+        """Whether the layer is the next one."""
+        return self._place < len(self._names) and self._names[self._place] == name
+
+    def took(self, name: str) -> bool:
+        """Whether `keep` has seen the layer."""
+        return name in self._taken
+
+    def keep(self, capture: LayerCapture, x: Tensor) -> Tensor:
+        """Kept columns of the next layer's input.
+
+        Args:
+            capture: Of the layer.
+            x: ``(batch, ..., d_in)``.
+
+        Returns:
+            ``(batch, ..., k2)``.
+        """
+        self._taken[capture.name] = True
+        self._place += 1
+        # As a matrix, which the layer makes of it too: a compiler that sees one tensor writes it once.
+        flat = x.detach().flatten(0, -2)
+        with torch.no_grad():
+            kept = capture.columns_beside(flat, last=self._place == len(self._names), held=self._before)
+        self._before = flat, kept
+        return kept.unflatten(0, x.shape[:-1])
+
+    def tap(self, capture: LayerCapture, y: Tensor, probe: Tensor) -> Tensor:
+        """`LayerCapture.tap` as a link of the chain.
+
+        Args:
+            capture: Of the layer.
+            y: Its output ``(batch, ..., d_out)``.
+            probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
+        """
+        links = self._links or (None, None)
+        y, *after = _Tap.apply(y, probe, *links, capture.tables[0], self._following(capture.name))
+        self._links = tuple(after)
+        return y
+
+    def check_closed(self) -> None:
+        """To be called after a forward pass.
+
+        Raises:
+            UsageError: The pass left the last layers out, so that nothing has waited for the copies.
+        """
+        if 0 < self._place < len(self._names):
+            raise UsageError(
+                f"the pass did not call layer '{self._names[self._place]}' after '{self._names[self._place - 1]}', as "
+                "it did at first; expected a pass that does the same each time (or use compile=False)"
+            )
+
+    def _following(self, name: str) -> tuple[Any, ...] | None:
+        """Shapes of the next layer's output and its kept columns as matrices, and their type; None for the last one."""
+        place = self._names.index(name) + 1
+        if place == len(self._names):
+            return None
+        shape, dtype, _ = self._uses[self._names[place]]
+        n = math.prod(shape[:-1])
+        return (n, self._captures[self._names[place]].shape.d_out), (n, shape[-1]), dtype
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output whose backward pass gives the probe kept columns, and hands links on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        probe: Tensor,
+        held_delta: Tensor | None,
+        held_columns: Tensor | None,
+        index: Tensor,
+        following: tuple[Any, ...] | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(index)
+        ctx.last = held_delta is None
+        y = handed_on(ctx, y)
+        if following is None:
+            return (y,)
+        *shapes, dtype = following
+        return y, *(y.new_zeros((), dtype=dtype).expand(shape) for shape in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        delta, *held = gradients
+        (index,) = ctx.saved_tensors
+        flat = delta.flatten(0, -2)
+        kept = columns_beside(flat, index, last=ctx.last, held=held)
+        links = (None, None) if ctx.last else (flat, kept)
+        return delta, kept.unflatten(0, delta.shape[:-1]), *links, None, None
