@@ -101,9 +101,11 @@ def caching_step(
     factored = FactoredGradients(model, causal_loss, compile=compiled, graph=graph, timed=False, **spec)
     rows = torch.empty(size, factored.k, dtype=out, device="cuda")
 
+    parts = rows.split(list(factored.sizes.values()), dim=1)
+
     def step(batch: dict[str, Tensor]) -> None:
         gradients, _ = factored(batch)
-        rows.copy_(torch.cat(list(gradients.values()), dim=1))
+        torch._foreach_copy_(parts, list(gradients.values()))  # as they are written, one layer after the other
 
     with factored.attached():
         yield step

@@ -63,10 +63,11 @@ class ColumnChain:
         self._taken[capture.name] = True
         self._place += 1
         # As a matrix, which the layer makes of it too: a compiler that sees one tensor writes it once.
-        flat = x.detach().flatten(0, -2)
+        flat, last = x.detach().flatten(0, -2), self._place == len(self._names)
         with torch.no_grad():
-            kept = capture.columns_beside(flat, last=self._place == len(self._names), held=self._before)
-        self._before = flat, kept
+            kept = capture.columns_beside(flat, last=last, held=self._before)
+        # What is still here at the end of a compiled pass is one of its results, and lives as long as the chain.
+        self._before = () if last else (flat, kept)
         return kept.unflatten(0, x.shape[:-1])
 
     def tap(self, capture: LayerCapture, y: Tensor, probe: Tensor) -> Tensor:

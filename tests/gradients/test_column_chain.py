@@ -59,6 +59,20 @@ def test_each_call_holds_the_one_before(calls):
             assert held[1] not in (before[0], 0)
 
 
+def test_nothing_is_held_once_the_forward_pass_is_over(monkeypatch):
+    model, batch, loss = case("text")
+    factored, grad, held = FactoredGradients(model, loss, sparsification=MASK, compile=True), torch.autograd.grad, []
+
+    def watched(*args, **options):
+        held.append((factored._pass._chain._before, factored._pass._chain._links))
+        return grad(*args, **options)
+
+    step(factored, batch)  # compiles, which takes gradients by itself
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    step(factored, batch)
+    assert held == [((), ())]
+
+
 def test_dense_maps_have_no_chain(calls):
     model, batch, loss = case("text")
     factored = FactoredGradients(model, loss, sparsification="normal-4*3", compile=True)
