@@ -86,6 +86,32 @@ def throughput(
     typer.echo(summary(result))
 
 
+@app.command(help="What capturing adds to a pass of GPT-2's shape: speed and memory (5 minutes on an H100).")
+def capture(
+    shape: Annotated[str, typer.Option(help="gpt2 (a GPU) or tiny (any CPU)")] = "gpt2",
+    dtypes: Annotated[str, typer.Option(help="of the weights, with commas between them")] = "bfloat16,float32",
+    spec: Annotated[str, typer.Option(help="the compression of interest")] = "random_mask-128*128->sjlt-4096",
+    other: Annotated[str, typer.Option(help="another beside it, '' for none")] = "normal-64*64->identity",
+    batch: Annotated[int, typer.Option(help="sequences in a step; 0 for the shape's own")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="compiled and recorded passes")] = True,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="where the result goes; runs/bench/capture.json")] = None,
+) -> None:
+    """Runs `grass_lib.bench.capture.run` and shows its table and goals."""
+    from grass_lib.bench.capture import run, summary
+
+    result = run(
+        shape,
+        dtypes=[word.strip() for word in dtypes.split(",") if word.strip()],
+        specs=[text for text in (spec, other) if text],
+        batch=batch,
+        compiled=compiled,
+        device=device,
+        out=_output(json, "capture"),
+    )
+    typer.echo(summary(result))
+
+
 @app.command(help="Caching with LogIX, dattri, bergson and grass_lib on one model's shape: tokens/s, memory, bytes.")
 def systems(
     shape: Annotated[str, typer.Option(help="tiny (any CPU), gpt2 or llama (a GPU)")] = "gpt2",

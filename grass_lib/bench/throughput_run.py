@@ -93,7 +93,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(place) if gpu else platform.machine(),
         "device_type": place.type,
-        "versions": _versions(),
+        "versions": versions(),
         "model": facts,
         "spec": str(plan.spec),
         "block": block,
@@ -225,7 +225,8 @@ def _process_start() -> float | None:
     return float(psutil.Process().create_time())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that speeds depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "triton", "cuda-bindings"):
         try:

@@ -210,6 +210,7 @@ def assemble(root: str | Path) -> list[Shown]:
     Raises:
         UsageError: the root has no ``_toc.yml``.
     """
+    from grass_lib.report.capture import write_capture_section
     from grass_lib.report.dampings import damping_table
     from grass_lib.report.factored_seconds import factored_seconds_sentence
     from grass_lib.report.generated import pair_sections, verdict_table, write_ledger
@@ -252,6 +253,7 @@ def assemble(root: str | Path) -> list[Shown]:
     (generated / "dampings.md").write_text(damping_table(records), encoding="utf-8")
     write_page_parts(root / "book" / "measured", generated)
     write_throughput_parts(root / "book" / "measured", generated)
+    write_capture_section(root / "book" / "measured", generated)
     write_scaling_parts(root / "book" / "measured", generated)
     write_plan_parts(root / "book" / "measured", generated)
     write_systems_parts(root / "book" / "measured", generated)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grass_lib.bench.goals import goals
 from grass_lib.report.figure_files import FORMATS, figure_markdown, save_figure
-from grass_lib.report.results import read_result
+from grass_lib.report.results import goal_table, read_result
 from grass_lib.report.style import METHODS, NEUTRAL, figure_style
 
 if TYPE_CHECKING:
@@ -165,19 +165,6 @@ def _shape(line: Line) -> tuple[int, int, int]:
     return line["case"]["batch"], line["case"]["p"], line["case"]["k"]
 
 
-def goal_table(result: Mapping[str, Any]) -> str:
-    """The goals and what was measured, as a Markdown table."""
-    rows = ["| goal | limit | measured | verdict |", "| --- | --- | --- | --- |"]
-    for goal in result["goals"]:
-        sign = "at most" if goal["at_most"] else "at least"
-        verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.0%}"
-        rows.append(
-            f"| {goal['goal']} | {sign} {goal['limit']:g} {goal['unit']} "
-            f"| {goal['measured']:.3g} {goal['unit']} | {verdict} |"
-        )
-    return "\n".join(rows) + "\n"
-
-
 def grass_sentence(result: Mapping[str, Any]) -> str:
     """What building and projecting take apart, by p, as Markdown."""
     sweep = result.get("grass_sweep", [])
@@ -274,7 +261,7 @@ def write_page_parts(measured: Path, target: Path) -> list[Path]:
         result, quality = load(measured)
         parts |= {
             "device": device_sentence(result),
-            "goals": goal_table(result),
+            "goals": goal_table(result["goals"]),
             "grass": grass_sentence(result),
             "times": time_table(result),
             "quality": quality_table(quality),

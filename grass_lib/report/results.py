@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,20 @@ def read_result(path: Path, holds: str, command: str) -> dict[str, Any]:
     if not isinstance(result, dict) or not result.get(holds):
         raise RecordError(f"{path.name} has no {holds}; run `{command}` again")
     return result
+
+
+def goal_table(goals: Iterable[Mapping[str, Any]]) -> str:
+    """Goals and what was measured, as a Markdown table.
+
+    Args:
+        goals: ``{"goal", "measured", "limit", "unit", "at_most", "met"}``.
+    """
+    lines = ["| goal | limit | measured | verdict |", "| --- | --- | --- | --- |"]
+    for goal in goals:
+        sign = "at most" if goal["at_most"] else "at least"
+        verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.1%}"
+        limit, found = (
+            f"{value} {goal['unit']}".strip() for value in (f"{goal['limit']:g}", f"{goal['measured']:.4g}")
+        )
+        lines.append(f"| {goal['goal']} | {sign} {limit} | {found} | {verdict} |")
+    return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grass_lib.report.figure_files import FORMATS, figure_markdown, save_figure
 from grass_lib.report.fp8_scores import fp8_text
 from grass_lib.report.plan import plan_table
-from grass_lib.report.results import read_result
+from grass_lib.report.results import goal_table, read_result
 from grass_lib.report.style import NEUTRAL, figure_style
 
 if TYPE_CHECKING:
@@ -169,19 +169,6 @@ def split_table(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def goal_table(result: Result) -> str:
-    """The goals and what was measured, as a Markdown table."""
-    lines = ["| goal | limit | measured | verdict |", "| --- | --- | --- | --- |"]
-    for goal in result["goals"]:
-        sign = "at most" if goal["at_most"] else "at least"
-        verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.1%}"
-        limit, found = (
-            f"{value} {goal['unit']}".strip() for value in (f"{goal['limit']:g}", f"{goal['measured']:.4g}")
-        )
-        lines.append(f"| {goal['goal']} | {sign} {limit} | {found} | {verdict} |")
-    return "\n".join(lines) + "\n"
-
-
 def device_sentence(result: Result) -> str:
     """Where and how it was measured, and what the written rows were checked against."""
     model, versions = result["model"], ", ".join(f"{name} {value}" for name, value in result["versions"].items())
@@ -253,7 +240,7 @@ def write_throughput_parts(measured: Path, target: Path) -> list[Path]:
     if result is not None:
         parts = {
             "device": device_sentence(result),
-            "goals": goal_table(result),
+            "goals": goal_table(result["goals"]),
             "table": speed_table(result),
             "split": split_table(result),
             "plan": plan_table(result),

@@ -25,7 +25,7 @@ def test_every_part_is_written_from_the_measurement(tmp_path: Path) -> None:
 
 def test_a_missed_goal_says_by_how_much() -> None:
     goal = {"goal": "SJLT", "measured": 1.5, "limit": 1.0, "unit": "ms", "at_most": True, "met": False}
-    assert "missed by 50%" in kernels.goal_table({"goals": [goal]})
+    assert "missed by 50.0%" in kernels.goal_table([goal])
 
 
 def test_without_a_measurement_the_command_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Steps of the capture benchmark, on one batch again and again: the passes alone, with capture, and training."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from grass_lib.gradients import FactoredGradients, causal_loss
+from grass_lib.gradients.graph import RecordedStep
+from grass_lib.specs import CompressionSpec
+
+Batch: TypeAlias = dict[str, Tensor]
+Step: TypeAlias = Callable[[Batch], None]
+ROUNDS, REPEATS, WARM = 40, 20, 3
+_T = 2.023  # of Student's distribution with ROUNDS - 1 degrees, for 95 % intervals
+
+
+@contextmanager
+def activations_step(model: Any, compiled: bool) -> Iterator[Step]:
+    """Forward and backward pass to the embeddings' output with all weights frozen, nothing captured.
+
+    Args:
+        model: Of transformers.
+        compiled: Compiles the pass and, on a GPU, records the step, as the caching step is.
+    """
+    model.requires_grad_(False)
+    embeddings = model.get_input_embeddings()
+
+    def values(embedded: Tensor, labels: Tensor) -> Tensor:
+        return causal_loss(model, {"inputs_embeds": embedded, "labels": labels})
+
+    run = torch.compile(values, dynamic=False) if compiled else values
+
+    def plain(batch: Any) -> tuple[Batch, Tensor]:
+        embedded = embeddings(batch["input_ids"]).detach().requires_grad_()
+        found = run(embedded, batch["labels"])
+        gradient = torch.autograd.grad(found.sum(), embedded)[0]
+        # Results of a recorded step are kept: one number of the gradient stands for it.
+        return {"embedded": gradient[:, 0, :1]}, found.detach()
+
+    recorded: list[RecordedStep] = []
+
+    def step(batch: Batch) -> None:
+        if not (compiled and batch["labels"].is_cuda):
+            plain(batch)
+            return
+        if not recorded:
+            recorded.append(RecordedStep(plain, batch))
+        recorded[0](batch)
+
+    yield step
+
+
+@contextmanager
+def caching_step(model: Any, compiled: bool, spec: CompressionSpec, size: int) -> Iterator[Step]:
+    """Our step: compressed per-sample gradients of all linear layers but the last, in bfloat16 side by side.
+
+    Args:
+        model: Of transformers.
+        compiled: Compiles the pass and, on a GPU, records the step.
+        spec: The compression.
+        size: Samples in a batch.
+    """
+    factored = FactoredGradients(
+        model,
+        causal_loss,
+        sparsification=str(spec.sparsification),
+        projection=str(spec.projection),
+        compile=compiled,
+        timed=False,
+    )
+    rows = torch.empty(size, factored.k, dtype=torch.bfloat16, device=factored.device)
+    parts = rows.split(list(factored.sizes.values()), dim=1)
+
+    def step(batch: Batch) -> None:
+        gradients, _ = factored(batch)
+        # As they are written: each layer to its place, rounded.
+        torch._foreach_copy_(parts, list(gradients.values()))  # pyright: ignore[reportPrivateImportUsage]
+
+    with factored.attached():
+        yield step
+
+
+@contextmanager
+def training_step(model: Any) -> Iterator[Step]:
+    """The gradients of all weights, by the model of transformers, not compiled: the floor of systems that form them."""
+    model.requires_grad_(True)
+
+    def step(batch: Batch) -> None:
+        model.zero_grad(set_to_none=True)
+        causal_loss(model, batch).sum().backward()
+
+    try:
+        yield step
+    finally:
+        model.requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+
+
+def seconds_of(step: Step, batch: Batch) -> float:
+    """Of one step, on a GPU by its own clock."""
+    if not batch["labels"].is_cuda:
+        start = time.perf_counter()
+        step(batch)
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    step(batch)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def by_turns(base: Step, step: Step, batch: Batch, rounds: int = ROUNDS) -> tuple[float, float]:
+    """Speed of a step as a share of another one's, both by turns: a device that gets warm runs slower.
+
+    Args:
+        base: The other one.
+        step: The step.
+        batch: For both.
+        rounds: Of five calls of each.
+
+    Returns:
+        Mean over the rounds, and half of its 95 % interval.
+    """
+    for warm in (base, base, base, step):
+        warm(batch)
+    ratios = []
+    for place in range(rounds):
+        taken = {}
+        for which in (base, step) if place % 2 == 0 else (step, base):
+            taken[which] = statistics.median(seconds_of(which, batch) for _ in range(5))
+        ratios.append(taken[base] / taken[step])
+    return statistics.mean(ratios), _T * statistics.stdev(ratios) / rounds**0.5
+
+
+def measure(step: Step, batch: Batch, repeats: int = REPEATS) -> tuple[float, int | None]:
+    """Median seconds of a step, and the bytes that it needs on a GPU: allocated at most, recordings with all they hold.
+
+    Args:
+        step: The step.
+        batch: For each call.
+        repeats: Timed calls.
+    """
+    for _ in range(WARM):
+        step(batch)
+    if not batch["labels"].is_cuda:
+        return statistics.median(seconds_of(step, batch) for _ in range(repeats)), None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [seconds_of(step, batch) for _ in range(repeats)]
+    # A replayed graph allocates nothing: its memory is a pool of its own, which it keeps.
+    pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    held = sum(part["total_size"] - part["allocated_size"] for part in pools)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() + held
