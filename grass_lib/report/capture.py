@@ -11,7 +11,7 @@ from grass_lib.report.results import goal_table, read_result
 
 RESULT = "capture.json"
 NAMES = {
-    "activations": "forward and backward to activations, nothing captured",
+    "activations": "the passes alone: forward, backward to activations",
     "caching": "caching, {spec}",
     "training": "transformers' model with the gradients of all weights, not compiled",
 }
@@ -55,7 +55,7 @@ def capture_section(measured: Path) -> str:
         return ""
     result = read_result(measured / RESULT, "rows", "grass bench capture --json PATH")
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    compiled = "All passes but training's are compiled and all steps but training recorded as CUDA graphs. "
+    compiled = "Steps are compiled and recorded as CUDA graphs, training excepted. "
     return (
         "## What capturing adds to a small model\n\n"
         "A small model's products are short, and what a capture adds to them weighs more. "
