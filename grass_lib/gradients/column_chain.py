@@ -12,17 +12,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grass_lib.errors import UsageError
 from grass_lib.gradients.capture import LayerCapture, handed_on
-from grass_lib.kernels.columns import columns_beside
+from grass_lib.kernels.columns import columns_beside, own_value
 
-Use: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.dtype]
-"""Shape ``(batch, ..., k1)`` of a layer's compressed output side, and the types of output and input side."""
+
+class Use(NamedTuple):
+    """How a pass uses a layer whose contraction is left to the caller.
+
+    Attributes:
+        shape: ``(batch, ..., k1)`` of its compressed output side.
+        output: Type of its output.
+        input: Type of its input.
+        reached: Whether the loss is known to depend on its output.
+    """
+
+    shape: tuple[int, ...]
+    output: torch.dtype
+    input: torch.dtype
+    reached: bool = False
 
 
 class ColumnChain:
@@ -36,7 +48,7 @@ class ColumnChain:
             uses: Layers whose contraction is left to the caller, in the order in which the model calls them.
         """
         self._captures, self._uses = captures, uses
-        self._names = [name for name in uses if captures[name].keeps_columns]
+        self._names = [name for name, use in uses.items() if use.reached and captures[name].keeps_columns]
         self._place = 0
         self._taken: dict[str, bool] = {}
         self._before: tuple[Tensor, ...] = ()
@@ -62,10 +74,12 @@ class ColumnChain:
         """
         self._taken[capture.name] = True
         self._place += 1
-        # As a matrix, which the layer makes of it too: a compiler that sees one tensor writes it once.
-        flat, last = x.detach().flatten(0, -2), self._place == len(self._names)
+        last = self._place == len(self._names)
         with torch.no_grad():
-            kept = capture.columns_beside(flat, last=last, held=self._before)
+            # As a matrix, which the layer makes of it too: a compiler that sees one tensor writes it once.
+            flat = own_value(x.detach().flatten(0, -2))
+            # Code that runs as it is may write over it, and nobody would notice.
+            kept = capture.columns_beside(flat, last=last or not torch.compiler.is_compiling(), held=self._before)
         # What is still here at the end of a compiled pass is one of its results, and lives as long as the chain.
         self._before = () if last else (flat, kept)
         return kept.unflatten(0, x.shape[:-1])
@@ -83,26 +97,53 @@ class ColumnChain:
         self._links = tuple(after)
         return y
 
-    def check_closed(self) -> None:
-        """To be called after a forward pass.
-
-        Raises:
-            UsageError: The pass left the last layers out, so that nothing has waited for the copies.
-        """
-        if 0 < self._place < len(self._names):
-            raise UsageError(
-                f"the pass did not call layer '{self._names[self._place]}' after '{self._names[self._place - 1]}', as "
-                "it did at first; expected a pass that does the same each time (or use compile=False)"
-            )
-
     def _following(self, name: str) -> tuple[Any, ...] | None:
         """Shapes of the next layer's output and its kept columns as matrices, and their type; None for the last one."""
         place = self._names.index(name) + 1
         if place == len(self._names):
             return None
-        shape, dtype, _ = self._uses[self._names[place]]
-        n = math.prod(shape[:-1])
-        return (n, self._captures[self._names[place]].shape.d_out), (n, shape[-1]), dtype
+        use = self._uses[self._names[place]]
+        n = math.prod(use.shape[:-1])
+        return (n, self._captures[self._names[place]].shape.d_out), (n, use.shape[-1]), use.output
+
+
+def mark(y: Tensor, probe: Tensor) -> Tensor:
+    """A layer's output with a node of its own, to be found again by `reached`.
+
+    Args:
+        y: The output.
+        probe: Any tensor that requires a gradient.
+    """
+    return _Mark.apply(y, probe)  # pyright: ignore[reportReturnType]
+
+
+def reached(values: Any, nodes: Mapping[str, Any]) -> set[str]:
+    """Names whose nodes lie behind some values in the graph of automatic differentiation.
+
+    Args:
+        values: What a loss returned.
+        nodes: The ``grad_fn`` of what `mark` gave, by name.
+    """
+    found: set[Any] = set()
+    left = [values.grad_fn] if isinstance(values, Tensor) and values.grad_fn is not None else []
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += [one for one, _ in node.next_functions if one is not None]
+    return {name for name, node in nodes.items() if node in found}
+
+
+class _Mark(torch.autograd.Function):
+    """Identity on a layer's output."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probe: Tensor) -> Tensor:
+        return handed_on(ctx, y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
 
 
 class _Tap(torch.autograd.Function):
@@ -130,7 +171,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         delta, *held = gradients
         (index,) = ctx.saved_tensors
-        flat = delta.flatten(0, -2)
-        kept = columns_beside(flat, index, last=ctx.last, held=held)
+        flat = own_value(delta.flatten(0, -2))
+        kept = columns_beside(flat, index, last=ctx.last or not torch.compiler.is_compiling(), held=held)
         links = (None, None) if ctx.last else (flat, kept)
         return delta, kept.unflatten(0, delta.shape[:-1]), *links, None, None

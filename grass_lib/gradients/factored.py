@@ -22,7 +22,7 @@ from grass_lib.gradients.outputs import Batch, Output, check_output
 from grass_lib.gradients.passes import Captured, CapturePass, Compile, Sides
 from grass_lib.gradients.sides import Side
 from grass_lib.gradients.together import Together
-from grass_lib.kernels.columns import join_columns
+from grass_lib.kernels.columns import check_columns
 from grass_lib.projection import Projector
 from grass_lib.seeds import check_seed
 from grass_lib.specs import CompressionSpec
@@ -296,7 +296,7 @@ class FactoredGradients:
             As a call does.
         """
         captured = self._pass(self.loss, samples, n, compiled=True, deferred=uses)
-        join_columns()
+        check_columns()
         return self._joined(captured, n), captured.values
 
     def _joined(self, captured: Captured, n: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
@@ -12,6 +13,8 @@ from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.capturing import CapturedGraphs
 from grass_lib.gradients.outputs import Batch
 from grass_lib.kernels.columns import ColumnsMoved, beside
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
 
@@ -53,6 +56,7 @@ class RecordedStep:
         with beside(device), suppress(ColumnsMoved):
             found = self._record(step, device)
         if found is None:
+            logger.info("kept columns are not copied beside the recorded step: its compiled code moves their tensors")
             found = self._record(step, device)
         self._rows, self._values = found
 

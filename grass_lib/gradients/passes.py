@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
-from grass_lib.gradients.column_chain import ColumnChain, Use
+from grass_lib.gradients.column_chain import ColumnChain, Use, mark, reached
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
+from grass_lib.kernels.columns import check_columns
 from grass_lib.words import few
 
 Compile: TypeAlias = bool | Literal["blocks"]
@@ -140,8 +141,8 @@ class CapturePass:
         zero = self._zero(self._dtype)
         self._deferred, self._inputs = deferred or {}, {}
         self._probes = {name: zero.expand(n, capture.size) for name, capture in self.captures.items()}
-        for name, (shape, dtype, _) in self._deferred.items():
-            self._probes[name] = self._zero(dtype).expand(shape)
+        for name, use in self._deferred.items():
+            self._probes[name] = self._zero(use.output).expand(use.shape)
         if compiled and self._whole:
             inner = {name: use for name, use in self._deferred.items() if name != self._head}
             self._chain = ColumnChain(self.captures, inner)
@@ -153,8 +154,7 @@ class CapturePass:
                 if self._blocks is not None:
                     stack.enter_context(self._blocks.probing(self._probes, self._deferred, compiled=compiled))
                 values = (self._compiled if compiled else _evaluate)(output, self.model, samples, head)
-                if self._chain is not None:
-                    self._chain.check_closed()
+                check_columns()
                 inside = {} if self._blocks is None else self._blocks.kept()
                 if not isinstance(values, Tensor) or values.shape != (n,):
                     seen = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
@@ -204,19 +204,35 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        seen: dict[str, list[Use]] = {}
+        try:
+            return self._seen(output, samples, n, linking=self._whole)
+        except _Dropped:  # a pass that differentiates by itself
+            return self._seen(output, samples, n, linking=False)
 
-        def note(name: str, x: Tensor, y: Tensor) -> None:
-            seen.setdefault(name, []).append(((*y.shape[:-1], self.captures[name].out.k), y.dtype, x.dtype))
+    def _seen(self, output: Output, samples: Batch, n: int, *, linking: bool) -> Sides:
+        """`single_uses`, with or without looking for the layers behind the loss."""
+        seen: dict[str, list[Use]] = {}
+        nodes: dict[str, Any] = {}
+        probe = self._zero(self._dtype).detach().requires_grad_()
+
+        def note(name: str, x: Tensor, y: Tensor) -> Tensor | None:
+            seen.setdefault(name, []).append(Use((*y.shape[:-1], self.captures[name].out.k), y.dtype, x.dtype))
+            if not (linking and self.captures[name].keeps_columns):
+                return None
+            y = mark(y, probe)
+            nodes[name] = y.grad_fn
+            return y
 
         head = self._head_tap(output)
-        self._watch(output, samples, head, note)
+        values = self._watch(output, samples, head, note, graph=linking)
         if head is not None:
-            seen.setdefault(head.capture.name, []).append(((*head.shape, head.capture.out.k), head.dtype, head.dtype))
+            use = Use((*head.shape, head.capture.out.k), head.dtype, head.dtype)
+            seen.setdefault(head.capture.name, []).append(use)
+        behind = reached(values, nodes)
         return {
-            name: uses[0]
+            name: uses[0]._replace(reached=name in behind)
             for name, uses in seen.items()
-            if len(uses) == 1 and uses[0][0][0] == n and self.captures[name].can_defer
+            if len(uses) == 1 and uses[0].shape[0] == n and self.captures[name].can_defer
         }
 
     def _calls_any(self, output: Output, samples: Batch) -> bool:
@@ -226,17 +242,37 @@ class CapturePass:
         return bool(called)
 
     def _watch(
-        self, output: Output, samples: Batch, head: HeadTap | None, note: Callable[[str, Tensor, Tensor], None]
-    ) -> None:
-        """Runs the pass without gradients; ``note`` gets name, input and output of every layer that is called."""
+        self,
+        output: Output,
+        samples: Batch,
+        head: HeadTap | None,
+        note: Callable[[str, Tensor, Tensor], Tensor | None],
+        *,
+        graph: bool = False,
+    ) -> Any:
+        """Runs the pass; ``note`` gets name, input and output of every called layer, and may replace the output.
+
+        Args:
+            output: What is evaluated.
+            samples: The batch.
+            head: Where the output layer's shape goes.
+            note: Called for every layer.
+            graph: Keeps the graph of automatic differentiation, without the tensors in it.
+
+        Raises:
+            _Dropped: The pass asked for such a tensor.
+        """
 
         def watching(name: str) -> Any:
             return lambda module, args, kwargs, y: note(name, _first(args, kwargs), y)
 
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(graph))
+            if graph:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _dropped))
             for name in self.captures:
                 stack.callback(self._modules[name].register_forward_hook(watching(name), with_kwargs=True).remove)
-            _evaluate(output, self.model, samples, head)
+            return _evaluate(output, self.model, samples, head)
 
     def _before(self, capture: LayerCapture) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -265,6 +301,14 @@ class CapturePass:
 
     def _clock(self) -> Meter | None:
         return None if torch.compiler.is_compiling() else self._meter
+
+
+class _Dropped(Exception):
+    """A tensor was asked for that nobody kept."""
+
+
+def _dropped(kept: None) -> Tensor:
+    raise _Dropped
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

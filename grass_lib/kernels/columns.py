@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,7 +37,7 @@ def kept_columns(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
 
 
 class ColumnsMoved(GrassError):
-    """A compiler handed on another tensor than the one whose columns are being copied, which then has no guard."""
+    """Columns are copied from a tensor that nothing guards: a compiler moved it, or nobody waits for the copy."""
 
 
 def columns_beside(
@@ -45,16 +45,16 @@ def columns_beside(
 ) -> Tensor:
     """`kept_columns` of a matrix on a stream of its own, beside what is done with the matrix meanwhile.
 
-    For compiled passes: inside `beside` it does not wait for the copy, the next call does. Until then nobody may write
-    over ``x`` or read the result, and a compiler that knows nothing of streams must see to it: the next call takes both
-    in ``held``, so that they live, and calls stay in their order. The last one of a forward or backward pass waits for
-    itself. Outside of `beside` it is `kept_columns`.
+    For compiled passes that are being recorded inside `beside`; anywhere else it is `kept_columns`. It does not wait
+    for the copy, the next call does. Until then the memory of ``x`` and of the result must stay what it is, and a
+    compiler that knows nothing of streams must see to it: the next call takes both in ``held``, so that they live, and
+    calls stay in their order. ``x`` has to be a value of its own (see `own_value`): of a view, later values are held.
 
     Args:
         x: ``(n, d)``.
         index: Kept columns, int64 ``(k,)``, ascending.
         ones: Appends a column of ones.
-        last: Waits for the copy.
+        last: Copies before anything else happens, as the last call of a forward or backward pass has to.
         held: ``x`` and result of the call before.
 
     Returns:
@@ -66,28 +66,43 @@ def columns_beside(
     return _columns_beside(x, index, ones, last, list(held))
 
 
+def own_value(x: Tensor) -> Tensor:
+    """The same numbers; for a compiler a value of its own, of which a later change of ``x`` in place is no part."""
+    return torch.ops.prims.convert_element_type.default(x, x.dtype) if torch.compiler.is_compiling() else x
+
+
 class _Side:
-    """A stream beside the present one, and the addresses of what runs there: the tensor that is read and the result."""
+    """A stream beside the one that is being recorded, and the addresses of what runs there: matrix and result."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self._running: list[int] = []
 
-    def run(self, x: Tensor, out: Tensor, work: Callable[[], None]) -> None:
-        """Runs something beside the present stream, once that has come here."""
+    @property
+    def is_here(self) -> bool:
+        """Whether the present stream is being recorded: other threads may run passes of their own at the same time."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether columns of a matrix can be copied here."""
+        fits = x.is_cuda and x.device == self.stream.device and x.dtype in _ONE
+        return fits and self.is_here and nvrtc.missing_for_kernels() is None
+
+    def run(self, x: Tensor, index: Tensor, ones: bool, out: Tensor) -> None:
+        """Copies beside the present stream, once that has come here."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         self._running = [x.data_ptr(), out.data_ptr()]
         with torch.cuda.stream(self.stream):
-            work()
+            _launch(x, index, ones, out)
 
-    def join(self, held: Sequence[Tensor] | None = None) -> None:
-        """The present stream waits for what runs beside it; checks what was held for it."""
+    def join(self, held: Sequence[Tensor]) -> None:
+        """The present stream waits for what runs beside it; checks that it was held."""
         if not self._running:
             return
         torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         running, self._running = self._running, []
-        if held is not None and running != [part.data_ptr() for part in held]:
-            raise ColumnsMoved("the compiler moved a tensor whose columns are being copied")
+        if running != [part.data_ptr() for part in held]:
+            raise ColumnsMoved("columns are copied from a tensor that is not held until the copy is done")
 
 
 _side: _Side | None = None
@@ -104,10 +119,14 @@ def beside(device: torch.device) -> Iterator[None]:
         _side = before
 
 
-def join_columns() -> None:
-    """The present stream waits for all columns that `columns_beside` takes."""
-    if _side is not None:
-        _side.join()
+def check_columns() -> None:
+    """To be called after a forward or backward pass.
+
+    Raises:
+        ColumnsMoved: Columns are still being copied: the last call of the pass was another one than was expected.
+    """
+    if _side is not None and _side.is_here:
+        _side.join(())
 
 
 def _plain(x: Tensor, index: Tensor, ones: bool = False) -> Tensor:
@@ -135,13 +154,14 @@ def _(x: Tensor, index: Tensor, ones: bool) -> Tensor:
 
 @torch.library.custom_op("grass_lib::columns_beside", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def _columns_beside(x: Tensor, index: Tensor, ones: bool, last: bool, held: list[Tensor]) -> Tensor:
-    if _side is not None:
-        _side.join(held)
-    kernel = x.is_cuda and x.dtype in _ONE and nvrtc.missing_for_kernels() is None
-    if _side is None or last or not kernel or x.stride(1) != 1 or x.numel() == 0:
+    side = _side
+    if side is None or not side.serves(x):
+        return kept_columns(x, index, ones)
+    side.join(held)
+    if last or x.stride(1) != 1 or x.numel() == 0:
         return kept_columns(x, index, ones)
     out = x.new_empty(len(x), len(index) + ones)
-    _side.run(x, out, lambda: _launch(x, index, ones, out))
+    side.run(x, index, ones, out)
     return out
 
 

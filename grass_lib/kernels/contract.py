@@ -70,7 +70,13 @@ def fits_contraction(left: Tensor, right: Tensor) -> bool:
         and min(left.shape) > 0
         and torch.cuda.get_device_capability(left.device) >= (8, 0)
         and nvrtc.missing_for_kernels() is None
+        and _shared_bytes(k1, k2) <= nvrtc.shared_memory(left.device)
     )
+
+
+def _shared_bytes(k1: int, k2: int) -> int:
+    """Shared memory of a thread block: tiles of both sides on their way, or the whole product after them."""
+    return max(_STAGES * _TOKENS * 2 * (k1 + k2 + 16), 4 * k1 * k2)
 
 
 def _even_rows(side: Tensor) -> bool:
@@ -101,10 +107,11 @@ def contract(
     (samples, tokens, k1), k2 = lefts[0].shape, rights[0].shape[2]
     k = k1 * k2 if tables is None else tables[0].k
     out = torch.empty(len(lefts), samples, k, dtype=torch.float32, device=lefts[0].device)
-    shared = max(_STAGES * _TOKENS * 2 * (k1 + k2 + 16), 4 * k1 * k2)
+    shared = _shared_bytes(k1, k2)
     entries = 0 if tables is None else len(tables[0].entries)
     table_bytes = 2 * entries + 4 * (k + 4)
-    near = entries > 0 and shared + table_bytes <= _NEAR_BYTES and nvrtc.shared_memory(out.device) > 2 * _NEAR_BYTES
+    near = entries > 0 and all(len(table.entries) == entries for table in tables or ())
+    near = near and shared + table_bytes <= _NEAR_BYTES and nvrtc.shared_memory(out.device) > 2 * _NEAR_BYTES
     constants = {
         "IN": 2,
         "OUT": 0,

@@ -67,7 +67,7 @@ class Cuda:
             "CUDAGraph": Graph,
             "Stream": lambda device, priority=0: "side",
             "stream": stream,
-            "device": lambda device, priority=0: nullcontext(),
+            "device": lambda device: nullcontext(),
             "synchronize": lambda: cuda.calls.append("synchronize"),
             "empty_cache": lambda: None,
             "graph_pool_handle": lambda: (0, 1),
@@ -79,7 +79,7 @@ class Cuda:
         for name, value in replaced.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch, "rand", rand)
-        monkeypatch.setattr(torch, "Generator", lambda device, priority=0: Generator())
+        monkeypatch.setattr(torch, "Generator", lambda device: Generator())
         private = {
             "_cuda_clearCublasWorkspaces": lambda: cuda.calls.append("clear"),
             "_cuda_endAllocateToPool": end_pool,

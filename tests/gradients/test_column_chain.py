@@ -1,5 +1,6 @@
 """Columns copied beside a compiled pass: each call holds what the one before reads and writes, the last one waits."""
 
+import ctypes
 import sys
 from itertools import pairwise
 
@@ -8,7 +9,6 @@ import torch
 from test_factored import N, assert_equal, case, expected
 from torch import nn
 
-from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.outputs import cross_entropy
 from grass_lib.kernels import columns
@@ -36,6 +36,45 @@ def calls(monkeypatch):
     taken = columns.kept_columns
     monkeypatch.setattr(columns, "kept_columns", seen)
     return found
+
+
+class Late:
+    """Copies as late as a stream of its own may: at the next call, from the memory as it is then."""
+
+    is_here = True
+
+    def __init__(self):
+        self.running, self.calls = None, 0
+
+    def serves(self, x):
+        return True
+
+    def run(self, x, index, ones, out):
+        out.fill_(torch.nan)
+        self.calls += 1
+        self.running = (x.data_ptr(), x.shape, x.stride(0), x.dtype), index, ones, (out.data_ptr(), out.nbytes)
+
+    def join(self, held):
+        if self.running is None:
+            return
+        (at, (n, d), pitch, dtype), index, ones, (to, size) = self.running
+        self.running = None
+        memory = (ctypes.c_char * (((n - 1) * pitch + d) * dtype.itemsize)).from_address(at)
+        x = torch.frombuffer(bytearray(memory.raw), dtype=dtype).as_strided((n, d), (pitch, 1))
+        kept = columns._plain(x, index, ones).contiguous()
+        ctypes.memmove(to, kept.data_ptr(), size)
+        if [at, to] != [part.data_ptr() for part in held]:
+            raise columns.ColumnsMoved("not held")
+
+
+def late_step(factored, batch, monkeypatch):
+    """The step once more with late copies, after it was compiled; and how many copies there were."""
+    with factored.attached():
+        uses = factored._pass.single_uses(factored.loss, batch, len(batch[0]))
+        factored.deferred_step(batch, len(batch[0]), uses)
+        side = Late()
+        monkeypatch.setattr(columns, "_side", side)
+        return factored.deferred_step(batch, len(batch[0]), uses)[0], side.calls
 
 
 def test_each_call_holds_the_one_before(calls):
@@ -86,49 +125,119 @@ def test_other_models(name, calls):
     factored = FactoredGradients(model, loss, sparsification=MASK, compile=True)
     found = step(factored, batch)
     assert_equal(found, expected(name, MASK, "identity", factored.layers))
-    single = {"twice": 1, "unused": 1, "conv1d": 1, "mlp": 1}[name]
-    assert sum(last for *_, last, _ in calls) == 2
-    assert len(calls) == 2 * single
+    # Each has one layer that is used once and not whole.
+    assert [last for *_, last, _ in calls] == [True, True]
 
 
-class Branches(nn.Module):
-    """Layers side by side, whose gradients a backward pass may take in any order, and one that may be left out."""
+class Layers(nn.Module):
+    """Three layers in a row or beside each other, with what may go wrong between them."""
 
-    def __init__(self):
+    def __init__(self, how):
         super().__init__()
-        self.one, self.two, self.three, self.end = nn.Linear(5, 6), nn.Linear(5, 7), nn.Linear(5, 6), nn.Linear(6, 8)
-        self.skips = False
+        torch.manual_seed(0)
+        self.how, self.turns = how, 0
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        three, two, one = self.three(x), self.two(x), self.one(x)
-        both = (one * three).tanh() + two[:, :6].sin()
-        return both if self.skips else self.end(both)
+        return getattr(self, self.how)(x)
+
+    def beside(self, x):
+        h = x.sin()
+        third, second, first = self.three(h), self.two(h), self.one(h)
+        return (first * third).tanh() + second.sin()
+
+    def added_in_place(self, x):
+        h = x.sin()
+        h += self.one(h).relu()
+        h += self.two(h).relu()
+        return self.three(h)
+
+    def partly_in_place(self, x):
+        h = x * 2
+        y = self.one(h)
+        h[:, 0] = 0
+        return self.three(self.two(y.tanh()) + h)
+
+    def in_place_between_compiled_codes(self, x):
+        h = x * 2
+        y = self.one(h)
+        torch._dynamo.graph_break()
+        h.add_(1)
+        torch._dynamo.graph_break()
+        return self.three(self.two(y.tanh()) + h)
+
+    def without_gradients(self, x):
+        with torch.no_grad():
+            h = self.one(x).tanh()
+        return self.three(self.two(h * 1.5).tanh())
+
+    def unused(self, x):
+        h = self.one(x).tanh()
+        self.two((h - h.detach()).sqrt())  # an infinite derivative, were it taken
+        return self.three(h)
+
+    def another_order(self, x):
+        self.turns += 1
+        if self.turns == 1:
+            return self.three(self.one(x) + self.two(x))
+        second = self.two(x)
+        return self.three(self.one(x) + second)
 
 
-def branches():
-    torch.manual_seed(0)
-    return Branches(), (torch.randn(N, 5), torch.arange(N) % 4)
+COPIES = {  # beside the pass; the last of each pass is not
+    "beside": 4,
+    "added_in_place": 4,
+    "partly_in_place": 4,
+    "without_gradients": 2,
+    "unused": 2,
+}
 
 
-def test_layers_side_by_side(calls):
-    model, batch = branches()
-    wanted, _ = FactoredGradients(model, cross_entropy, sparsification=MASK)(batch)
-    assert calls == []
-    found = step(FactoredGradients(model, cross_entropy, sparsification=MASK, compile=True), batch)
+def layers(how, **options):
+    batch = (torch.randn(N, 7, 8, generator=torch.Generator().manual_seed(1)),)
+    return FactoredGradients(
+        Layers(how), lambda m, b: m(b[0]).square().sum(dim=(1, 2)), sparsification=MASK, **options
+    ), batch
+
+
+@pytest.mark.parametrize("how", [*COPIES, "in_place_between_compiled_codes"])
+def test_late_copies_see_tensors_as_they_were(how, monkeypatch):
+    plain, batch = layers(how)
+    wanted, _ = plain(batch)
+    factored, _ = layers(how, compile=True)
+    found, copies = late_step(factored, batch, monkeypatch)
     assert_equal(found, {name: rows.double() for name, rows in wanted.items()})
-    assert len(calls) == 8
-    # In the order of the calls, not of the model's attributes.
-    assert [width for _, width, _, _ in calls[4:]] == [8, 6, 7, 6]
+    assert copies == COPIES.get(how, copies)
 
 
-def test_a_pass_that_leaves_out_the_end_is_refused():
-    model, batch = branches()
-    factored = FactoredGradients(model, cross_entropy, sparsification=MASK, compile=True)
+def test_a_pass_in_another_order_is_noticed(monkeypatch):
+    plain, batch = layers("another_order")
+    wanted, _ = plain(batch)
+    factored, _ = layers("another_order", compile=True)
+    found = step(factored, batch)
+    assert_equal(found, {name: rows.double() for name, rows in wanted.items()})
+    factored, _ = layers("another_order", compile=True)
+    with pytest.raises(columns.ColumnsMoved):
+        late_step(factored, batch, monkeypatch)
+
+
+def test_a_pass_that_differentiates_by_itself_has_no_chain(calls):
+    model, batch, _ = case("mlp")
+
+    def loss(model, batch):
+        with torch.enable_grad():
+            x = batch[0].detach().requires_grad_()
+            slope = torch.autograd.grad(x.tanh().sum(), x)[0]
+        return cross_entropy(model, (slope, batch[1]))
+
+    wanted, _ = FactoredGradients(model, loss, sparsification=MASK)(batch)
+    factored = FactoredGradients(model, loss, sparsification=MASK, compile=True)
     with factored.attached():
-        uses = factored._pass.single_uses(cross_entropy, batch, N)
-        model.skips = True
-        with pytest.raises(UsageError, match=r"did not call layer 'end' after 'one'.*compile=False"):
-            factored.deferred_step(batch, N, uses)
+        uses = factored._pass.single_uses(loss, batch, N)
+    assert uses
+    assert not any(use.reached for use in uses.values())
+    assert_equal(step(factored, batch), {name: rows.double() for name, rows in wanted.items()})
+    assert calls == []
 
 
 def deep(dtype):

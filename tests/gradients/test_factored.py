@@ -429,7 +429,7 @@ def test_a_compiled_pass_keeps_the_type_of_inputs():
     with factored.attached():
         uses = factored._pass.single_uses(loss, batch, N)
         found, _ = factored.deferred_step(batch, N, uses)
-    assert any(use[1:] == (torch.bfloat16, torch.float32) for use in uses.values())
+    assert any((use.output, use.input) == (torch.bfloat16, torch.float32) for use in uses.values())
     for name, rows in wanted.items():
         assert torch.allclose(found[name], rows, rtol=1e-5, atol=1e-6), name
 

@@ -31,22 +31,22 @@ class Stream:
 
 
 def test_what_is_copied_beside_has_to_be_held(monkeypatch):
-    main, stream = Stream(), Stream()
+    main, stream, copied = Stream(), Stream(), []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda one: columns.beside(torch.device("cpu")))
+    monkeypatch.setattr(columns, "_launch", lambda *given: copied.append(given))
     side = columns._Side(Stream.device)
-    x, out, done = torch.ones(3, 4), torch.ones(3, 2), []
+    assert not side.serves(torch.ones(3, 4))  # of a CPU
+    x, index, out = torch.ones(3, 4), torch.tensor([0, 2]), torch.ones(3, 2)
     side.join([])
     assert main.waited == []  # nothing runs
     for held in ([], [x], [out, x], [x.clone(), out], [x, out.clone()]):
-        side.run(x, out, lambda: done.append(1))
-        with pytest.raises(ColumnsMoved, match="moved"):
+        side.run(x, index, False, out)
+        with pytest.raises(ColumnsMoved, match="not held"):
             side.join(held)
-    side.run(x, out, lambda: done.append(1))
+    side.run(x, index, False, out)
     side.join([x, out])
-    side.run(x, out, lambda: done.append(1))
-    side.join()
-    assert len(done) == len(main.waited) == len(stream.waited) == 7
+    assert len(copied) == len(main.waited) == len(stream.waited) == 6
     assert set(main.waited) == {stream}
     assert set(stream.waited) == {main}
