@@ -6,6 +6,7 @@ import datetime
 import gc
 import json
 import logging
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -87,6 +88,7 @@ def run(
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine(),
         "device_type": place.type,
         "versions": versions(),
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         "shape": shape,
         "batch": size,
         "block": tokens,

@@ -8,7 +8,6 @@ ordinary automatic differentiation: a layer that is used twice adds its parts, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -78,6 +77,11 @@ class LayerCapture:
         """Whether the contraction may wait, and both sides are kept columns."""
         return self.can_defer and self.out.index is not None and self.into.index is not None
 
+    @property
+    def input_columns(self) -> tuple[Tensor | None, bool]:
+        """Of a layer that `keeps_columns`: those of its input, and whether a column of ones for the bias follows."""
+        return self._into.kept
+
     def keep(self, module: nn.Module, x: Tensor, meter: Meter | None) -> tuple[Tensor, ...]:
         """What is needed of the input: its compressed side; for a norm the input itself, which it has anyway.
 
@@ -92,19 +96,6 @@ class LayerCapture:
             if self.shape.kind in NORMS:
                 return x.detach(), *inputs.moments(module, x, centred=self.shape.kind == "layernorm")
             return (self._into(module, x),)
-
-    def columns_beside(self, x: Tensor, *, last: bool, held: Sequence[Tensor]) -> Tensor:
-        """The input side of a layer that `keeps_columns`, taken beside the pass; see the function of that name.
-
-        Args:
-            x: The layer's input as a matrix ``(n, d_in)``.
-            last: Waits for the copy.
-            held: Input and result of the call before.
-
-        Returns:
-            ``(n, k2)``.
-        """
-        return self._into.columns_beside(x, last=last, held=held)
 
     def apply(self, kept: tuple[Tensor, ...], y: Tensor, probe: Tensor, meter: Meter | None) -> Tensor:
         """Hands ``y`` on, with the probe attached.

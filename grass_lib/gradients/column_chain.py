@@ -74,12 +74,11 @@ class ColumnChain:
         """
         self._taken[capture.name] = True
         self._place += 1
-        last = self._place == len(self._names)
+        last, (index, ones) = self._place == len(self._names), capture.input_columns
         with torch.no_grad():
             # As a matrix, which the layer makes of it too: a compiler that sees one tensor writes it once.
             flat = own_value(x.detach().flatten(0, -2))
-            # Code that runs as it is may write over it, and nobody would notice.
-            kept = capture.columns_beside(flat, last=last or not torch.compiler.is_compiling(), held=self._before)
+            kept = columns_beside(flat, index, ones, last=last or _runs_as_it_is(), held=self._before)  # pyright: ignore[reportArgumentType]
         # What is still here at the end of a compiled pass is one of its results, and lives as long as the chain.
         self._before = () if last else (flat, kept)
         return kept.unflatten(0, x.shape[:-1])
@@ -146,6 +145,11 @@ class _Mark(torch.autograd.Function):
         return gradients[0], None
 
 
+def _runs_as_it_is() -> bool:
+    """Whether no compiler sees this code: then anything may be written over a tensor, and nobody would notice."""
+    return not torch.compiler.is_compiling()
+
+
 class _Tap(torch.autograd.Function):
     """Identity on a layer's output whose backward pass gives the probe kept columns, and hands links on."""
 
@@ -172,6 +176,6 @@ class _Tap(torch.autograd.Function):
         delta, *held = gradients
         (index,) = ctx.saved_tensors
         flat = own_value(delta.flatten(0, -2))
-        kept = columns_beside(flat, index, last=ctx.last or not torch.compiler.is_compiling(), held=held)
+        kept = columns_beside(flat, index, last=ctx.last or _runs_as_it_is(), held=held)
         links = (None, None) if ctx.last else (flat, kept)
         return delta, kept.unflatten(0, delta.shape[:-1]), *links, None, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional
 
 from grass_lib.gradients.layers import LayerShape
 from grass_lib.gradients.sides import Side
-from grass_lib.kernels.columns import columns_beside, kept_columns
+from grass_lib.kernels.columns import kept_columns
 
 
 class InputSide:
@@ -70,18 +69,10 @@ class InputSide:
             return x @ matrix
         return torch.addmm(matrix[-1], x.flatten(0, -2), matrix[:-1]).unflatten(0, x.shape[:-1])
 
-    def columns_beside(self, x: Tensor, *, last: bool, held: Sequence[Tensor]) -> Tensor:
-        """The compressed input of a linear layer with a mask, taken beside what the layer does; see `columns_beside`.
-
-        Args:
-            x: ``(n, d_in)``.
-            last: Waits for the copy.
-            held: ``x`` and result of the call before.
-
-        Returns:
-            ``(n, k2)``.
-        """
-        return columns_beside(x, self._columns, self._ones, last=last, held=held)  # pyright: ignore[reportArgumentType]
+    @property
+    def kept(self) -> tuple[Tensor | None, bool]:
+        """Kept columns, int64 ``(k,)`` ascending (None without a mask), and whether a column of ones follows them."""
+        return self._columns, self._ones
 
     def _tokens(self, module: nn.Module, ids: Tensor) -> Tensor:
         padding = getattr(module, "padding_idx", None)
