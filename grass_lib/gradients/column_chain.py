@@ -92,7 +92,7 @@ class ColumnChain:
             probe: ``(batch, ..., k1)``; its gradient will be the compressed output side.
         """
         links = self._links or (None, None)
-        y, *after = _Tap.apply(y, probe, *links, capture.tables[0], self._following(capture.name))
+        y, *after = _LinkedTap.apply(y, probe, *links, capture.tables[0], self._following(capture.name))
         self._links = tuple(after)
         return y
 
@@ -150,7 +150,7 @@ def _runs_as_it_is() -> bool:
     return not torch.compiler.is_compiling()
 
 
-class _Tap(torch.autograd.Function):
+class _LinkedTap(torch.autograd.Function):
     """Identity on a layer's output whose backward pass gives the probe kept columns, and hands links on."""
 
     @staticmethod
