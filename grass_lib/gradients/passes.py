@@ -200,7 +200,7 @@ class CapturePass:
         """Layers whose contraction may wait until the pass is over, because it uses them exactly once.
 
         Args:
-            output: Run once without gradients, to see.
+            output: Run once to see; nothing is differentiated.
             samples: The batch.
             n: Its size.
         """
