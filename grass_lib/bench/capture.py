@@ -26,7 +26,7 @@ from grass_lib.bench.capture_steps import (
     measure,
     training_step,
 )
-from grass_lib.bench.throughput_run import FACTGRASS, LOGRA, versions
+from grass_lib.bench.throughput_run import FACTGRASS, LOGRA, parsed_spec, versions
 from grass_lib.errors import UsageError
 from grass_lib.experiments.base import resolve_device
 from grass_lib.specs import CompressionSpec
@@ -78,9 +78,11 @@ def run(
         raise UsageError(f"dtypes has {', '.join(map(repr, unknown)) or 'nothing'}; expected {' or '.join(DTYPES)}")
     if batch < 0:
         raise UsageError(f"batch is {batch}; expected a positive number of samples, or 0 for the shape's own")
-    parsed = [CompressionSpec.parse(text) for text in specs]
+    parsed = [parsed_spec(text) for text in specs]
     settings, usual, tokens = SHAPES[shape]
     size, place = batch or usual, torch.device(resolve_device(device))
+    if shape != "tiny" and place.type == "cpu":
+        raise UsageError(f"shape {shape!r} takes hours on a CPU; expected tiny, or a GPU")
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "command": "grass bench capture",

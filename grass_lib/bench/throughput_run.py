@@ -72,8 +72,8 @@ def run(
         DataError: The model cannot be had.
     """
     plan = Plan(
-        spec=_parsed(spec),
-        other=_parsed(other) if other else None,
+        spec=parsed_spec(spec),
+        other=parsed_spec(other) if other else None,
         batches=tuple(sorted(set(batches))),
         block=block,
         samples=samples,
@@ -202,7 +202,16 @@ def row_text(row: Row) -> str:
     return f"{start}  {row.tokens_per_second:10,.0f} tokens/s{memory}{first}{row.note and f'  ({row.note})'}"
 
 
-def _parsed(text: str) -> CompressionSpec:
+def parsed_spec(text: str) -> CompressionSpec:
+    """A compression that can be measured.
+
+    Args:
+        text: ``sparsification->projection``.
+
+    Raises:
+        UsageError: It is flat in its first stage, or needs a file.
+        SpecError: It cannot be parsed.
+    """
     found = CompressionSpec.parse(text)
     if not (found.sparsification.is_identity or found.sparsification.is_factored) or found.needs_mask_file:
         raise UsageError(

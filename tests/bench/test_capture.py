@@ -47,6 +47,8 @@ def test_a_compiled_pass_is_measured():
         ({"dtypes": []}, UsageError, "nothing"),
         ({"batch": -1}, UsageError, "batch is -1"),
         ({"specs": ["sjlt_4096"]}, SpecError, "sjlt"),
+        ({"specs": ["selective_mask-4*4"]}, UsageError, "without files"),
+        ({"shape": "gpt2"}, UsageError, "hours on a CPU; expected tiny"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(given, error, words):
