@@ -47,7 +47,7 @@ def test_a_compiled_pass_is_measured():
         ({"dtypes": []}, UsageError, "nothing"),
         ({"batch": -1}, UsageError, "batch is -1"),
         ({"specs": ["sjlt_4096"]}, SpecError, "sjlt"),
-        ({"specs": ["selective_mask-4*4"]}, UsageError, "without files"),
+        ({"specs": ["selective_mask-4*4->identity"]}, UsageError, "without files"),
         ({"shape": "gpt2"}, UsageError, "hours on a CPU; expected tiny"),
     ],
 )
