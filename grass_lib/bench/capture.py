@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 SHAPES: Mapping[str, tuple[dict[str, Any], int, int]] = {
     "gpt2": ({}, 16, 512),
-    "tiny": ({"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 256, "n_positions": 32}, 4, 32),
+    "tiny": ({"n_layer": 2, "n_embd": 256, "n_head": 4, "vocab_size": 256, "n_positions": 32}, 4, 32),
 }
 """Settings of GPT-2, samples in a batch, tokens in a sample."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -62,7 +62,7 @@ def run(
         specs: Compressions; goals are judged at the first.
         batch: Samples in a batch; 0 for the shape's own.
         compiled: Compiles the passes and, on a GPU, records the steps.
-        rounds: In which a step and the passes alone are measured by turns.
+        rounds: In which a step and the passes alone are measured by turns, at least 2.
         repeats: Timed calls of each step.
         device: ``auto``, ``cuda`` or ``cpu``.
         out: Where the JSON goes; None for nowhere.
@@ -76,9 +76,17 @@ def run(
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown or not dtypes:
         raise UsageError(f"dtypes has {', '.join(map(repr, unknown)) or 'nothing'}; expected {' or '.join(DTYPES)}")
+    if len(set(dtypes)) < len(dtypes):
+        raise UsageError(f"dtypes has {', '.join(dtypes)}; expected each once")
+    if rounds < 2 or repeats < 1:
+        raise UsageError(f"rounds is {rounds} and repeats {repeats}; expected at least 2 and 1")
     if batch < 0:
         raise UsageError(f"batch is {batch}; expected a positive number of samples, or 0 for the shape's own")
+    if not specs or not all(specs):
+        raise UsageError("a compression is empty; expected one such as " + FACTGRASS)
     parsed = [parsed_spec(text) for text in specs]
+    if len(set(map(str, parsed))) < len(parsed):
+        raise UsageError(f"compressions are {', '.join(map(str, parsed))}; expected each once")
     settings, usual, tokens = SHAPES[shape]
     size, place = batch or usual, torch.device(resolve_device(device))
     if shape != "tiny" and place.type == "cpu":

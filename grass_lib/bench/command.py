@@ -103,7 +103,7 @@ def capture(
     result = run(
         shape,
         dtypes=[word.strip() for word in dtypes.split(",") if word.strip()],
-        specs=[text for text in (spec, other) if text],
+        specs=[spec, *([other] if other else [])],
         batch=batch,
         compiled=compiled,
         device=device,

@@ -119,6 +119,8 @@ def mark(y: Tensor, probe: Tensor) -> Tensor:
 def reached(values: Any, nodes: Mapping[str, Any]) -> set[str]:
     """Names whose nodes lie behind some values in the graph of automatic differentiation.
 
+    Where another pass detaches such a layer, its link carries zeros, which become NaN at an infinite derivative below.
+
     Args:
         values: What a loss returned.
         nodes: The ``grad_fn`` of what `mark` gave, by name.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,20 @@ TOKENS = 1024
 """Tokens whose logits are held at once."""
 # Settings of configurations that change logits after the output layer.
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+_values_only = False
+
+
+@contextmanager
+def values_only() -> Iterator[None]:
+    """Losses that differentiate in their forward pass give their values alone, though a graph is kept."""
+    global _values_only
+    before, _values_only = _values_only, True
+    try:
+        yield
+    finally:
+        _values_only = before
 
 
 @dataclass
@@ -141,6 +157,7 @@ class _HeadLoss(torch.autograd.Function):
         tokens: int,
     ) -> Tensor:
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and capture is not None
+        needed = (False, False) if _values_only else needed
         losses, below, left = _portions(
             hidden.detach().flatten(0, 1),
             weight.detach(),

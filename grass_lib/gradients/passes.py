@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.column_chain import ColumnChain, Use, mark, reached
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
-from grass_lib.gradients.head import HeadTap, takes_head
+from grass_lib.gradients.head import HeadTap, takes_head, values_only
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
 from grass_lib.kernels.columns import check_columns
 from grass_lib.words import few
+
+logger = logging.getLogger(__name__)
 
 Compile: TypeAlias = bool | Literal["blocks"]
 """Whether passes are compiled: as a whole, or block by block with one compiled code for all of them."""
@@ -204,10 +207,12 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        try:
-            return self._seen(output, samples, n, linking=self._whole)
-        except _Dropped:  # a pass that differentiates by itself
-            return self._seen(output, samples, n, linking=False)
+        if self._whole:
+            try:
+                return self._seen(output, samples, n, linking=True)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it comes once more where it is the pass's own
+                logger.debug("the layers behind the loss are not known, and no layer is linked: %s", error)
+        return self._seen(output, samples, n, linking=False)
 
     def _seen(self, output: Output, samples: Batch, n: int, *, linking: bool) -> Sides:
         """`single_uses`, with or without looking for the layers behind the loss."""
@@ -257,10 +262,8 @@ class CapturePass:
             samples: The batch.
             head: Where the output layer's shape goes.
             note: Called for every layer.
-            graph: Keeps the graph of automatic differentiation, without the tensors in it.
-
-        Raises:
-            _Dropped: The pass asked for such a tensor.
+            graph: Keeps the graph of automatic differentiation, without the tensors in it; what differentiates by
+                itself in the pass fails.
         """
 
         def watching(name: str) -> Any:
@@ -269,6 +272,7 @@ class CapturePass:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(graph))
             if graph:
+                stack.enter_context(values_only())
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _dropped))
             for name in self.captures:
                 stack.callback(self._modules[name].register_forward_hook(watching(name), with_kwargs=True).remove)
@@ -303,12 +307,8 @@ class CapturePass:
         return None if torch.compiler.is_compiling() else self._meter
 
 
-class _Dropped(Exception):
-    """A tensor was asked for that nobody kept."""
-
-
 def _dropped(kept: None) -> Tensor:
-    raise _Dropped
+    raise RuntimeError("a tensor was asked for that nobody kept")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -55,18 +55,23 @@ def capture_section(measured: Path) -> str:
         return ""
     result = read_result(measured / RESULT, "rows", "grass bench capture --json PATH")
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    compiled = "Steps are compiled and recorded as CUDA graphs, training excepted. "
     allocator = f", the allocator of memory set to `{result['allocator']}`" if result["allocator"] else ""
+    recorded = result["compiled"] and result["device_type"] == "cuda"
+    how = (
+        "Steps are compiled and recorded as CUDA graphs, training excepted; ours copies kept columns on a stream of "
+        "its own, beside the products. "
+        if recorded
+        else ""
+    )
+    judged = goals(result)
     return (
         "## What capturing adds to a small model\n\n"
-        "A small model's products are short, and what a capture adds to them weighs more: a recorded step copies kept "
-        "columns on a stream of their own, beside the products. "
+        "A small model's products are short, and what a capture adds to them weighs more. "
         f"Measured on one {result['device']} in one run of `{result['command']}` ({result['date']}; {versions}): "
         f"{_SHAPES.get(result['shape'], result['shape'])}, random, batches of {result['batch']} sequences of "
-        f"{result['block']} tokens{allocator}. {compiled if result['compiled'] else ''}"
-        "The loss is the same function in all rows. Shares of speed are measured by turns, with intervals of 95 %, "
-        "since a device that gets warm runs slower.\n\n"
-        f"{capture_table(result)}\n{goal_table(goals(result))}"
+        f"{result['block']} tokens{allocator}. {how}The loss is the same function in all rows. Caching and the passes "
+        "alone are compared by turns, with intervals of 95 %, since a device that gets warm runs slower.\n\n"
+        f"{capture_table(result)}" + (f"\n{goal_table(judged)}" if judged else "")
     )
 
 

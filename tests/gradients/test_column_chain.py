@@ -7,8 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 from test_factored import N, assert_equal, case, expected
+from tiny_llama import make_batch, make_llama
 from torch import nn
 
+from grass_lib.gradients import head
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.outputs import cross_entropy
 from grass_lib.kernels import columns
@@ -221,14 +223,18 @@ def test_a_pass_in_another_order_is_noticed(monkeypatch):
         late_step(factored, batch, monkeypatch)
 
 
-def test_a_pass_that_differentiates_by_itself_has_no_chain(calls):
+def own_gradient(x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(x.tanh().sum(), x)[0]
+
+
+@pytest.mark.parametrize("slope", [own_gradient, torch.func.grad(lambda x: x.tanh().sum())])
+def test_a_pass_that_differentiates_by_itself_has_no_chain(slope, calls):
     model, batch, _ = case("mlp")
 
     def loss(model, batch):
         with torch.enable_grad():
-            x = batch[0].detach().requires_grad_()
-            slope = torch.autograd.grad(x.tanh().sum(), x)[0]
-        return cross_entropy(model, (slope, batch[1]))
+            return cross_entropy(model, (slope(batch[0]), batch[1]))
 
     wanted, _ = FactoredGradients(model, loss, sparsification=MASK)(batch)
     factored = FactoredGradients(model, loss, sparsification=MASK, compile=True)
@@ -238,6 +244,17 @@ def test_a_pass_that_differentiates_by_itself_has_no_chain(calls):
     assert not any(use.reached for use in uses.values())
     assert_equal(step(factored, batch), {name: rows.double() for name, rows in wanted.items()})
     assert calls == []
+
+
+def test_looking_for_the_layers_behind_a_loss_differentiates_nothing(monkeypatch):
+    model, batch = make_llama(), make_batch(2)
+    wants, portions = [], head._portions
+    monkeypatch.setattr(head, "_portions", lambda *given: wants.append(given[5:7]) or portions(*given))
+    factored = FactoredGradients(model, head.chunked_causal_loss, sparsification=MASK, compile=True, include_head=True)
+    with factored.attached():
+        uses = factored._pass.single_uses(factored.loss, batch, 2)
+    assert wants == [(False, None)]
+    assert [name for name, use in uses.items() if not use.reached] == ["lm_head"]
 
 
 def deep(dtype):
