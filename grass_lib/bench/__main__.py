@@ -5,7 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from grass_lib.bench.projections import run, summary, write
+from grass_lib.bench.projections import run, summary
+from grass_lib.bench.results import write
 from grass_lib.project import runs_root
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import json
 import logging
 import os
 import platform
@@ -26,7 +25,8 @@ from grass_lib.bench.capture_steps import (
     measure,
     training_step,
 )
-from grass_lib.bench.throughput_run import FACTGRASS, LOGRA, parsed_spec, versions
+from grass_lib.bench.results import goal_line, versions, write
+from grass_lib.bench.throughput_run import FACTGRASS, LOGRA, parsed_spec
 from grass_lib.errors import UsageError
 from grass_lib.experiments.base import resolve_device
 from grass_lib.specs import CompressionSpec
@@ -97,7 +97,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine(),
         "device_type": place.type,
-        "versions": versions(),
+        "versions": versions("transformers", "triton", "cuda-bindings"),
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         "shape": shape,
         "batch": size,
@@ -113,8 +113,7 @@ def run(
                 result["rows"].append(row)
                 logger.info("%s", row_text(row))
                 if out is not None:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                    write(result, out)
     except KeyboardInterrupt:
         logger.warning("stopped after %d rows; what was measured is kept", len(result["rows"]))
     return result
@@ -191,7 +190,5 @@ def row_text(row: Mapping[str, Any]) -> str:
 def summary(result: Mapping[str, Any]) -> str:
     """The table as text, and the goals."""
     lines = [row_text(row) for row in result["rows"]]
-    for goal in goals(result):
-        verdict, sign = ("met" if goal["met"] else "MISSED"), ("<=" if goal["at_most"] else ">=")
-        lines.append(f"{verdict}: {goal['goal']}: {goal['measured']:.4f} {sign} {goal['limit']:g}")
+    lines += [goal_line(goal) for goal in goals(result)]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grass_lib.bench.results import judged
+
 SPEED, MEMORY = 0.95, 1.05
 """Beside the passes alone: at least so much of the speed, at most so much of the memory."""
 
@@ -28,16 +30,11 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         if ours is None or alone is None:
             continue
         memory = ours["peak_bytes"] / alone["peak_bytes"]
-        found.append(_goal(f"{name}: speed, as a share of the passes alone", ours["speed_share"], SPEED, False))
-        found.append(_goal(f"{name}: memory, as a share of the passes alone", memory, MEMORY, True))
+        found.append(judged(f"{name}: speed, as a share of the passes alone", ours["speed_share"], SPEED, "", False))
+        found.append(judged(f"{name}: memory, as a share of the passes alone", memory, MEMORY, "", True))
         if training is not None:
             speed = ours["tokens_per_second"] / training["tokens_per_second"]
             memory = ours["peak_bytes"] / training["peak_bytes"]
-            found.append(_goal(f"{name}: speed, times that of training", speed, 1.0, False))
-            found.append(_goal(f"{name}: memory, as a share of training's", memory, 1.0, True))
+            found.append(judged(f"{name}: speed, times that of training", speed, 1.0, "", False))
+            found.append(judged(f"{name}: memory, as a share of training's", memory, 1.0, "", True))
     return found
-
-
-def _goal(goal: str, measured: float, limit: float, at_most: bool) -> dict[str, Any]:
-    met = measured <= limit if at_most else measured >= limit
-    return {"goal": goal, "measured": measured, "limit": limit, "unit": "", "at_most": at_most, "met": met}

@@ -31,7 +31,8 @@ def projections(
 ) -> None:
     """Runs `grass_lib.bench.projections.run` and shows its table and goals."""
     # Imported here, so that `grass --help` does not wait for torch.
-    from grass_lib.bench.projections import run, summary, write
+    from grass_lib.bench.projections import run, summary
+    from grass_lib.bench.results import write
 
     out = _output(json, "projections")
     result = run(device, repeats=repeats, only=only)

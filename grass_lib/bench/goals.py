@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grass_lib.bench.results import judged
+
 _ABSOLUTE = (((64, 4_800_000, 4096), 0.75), ((512, 109_386, 4096), 0.18), ((64, 13_300_000, 2048), 2.0))
 _FAST_SHAPES = ((64, 4_800_000, 4096), (512, 109_386, 4096), (64, 13_300_000, 2048))
 
@@ -22,14 +24,14 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for shape, limit in _ABSOLUTE:
         ms = _ms(result, "sjlt", "kernel", shape)
         if ms is not None:
-            rows.append(_row(f"SJLT, {_text(shape)}", ms, limit, "ms", True))
+            rows.append(judged(f"SJLT, {_text(shape)}", ms, limit, "ms", True))
     for shape in _FAST_SHAPES:
         package = _ms(result, "rademacher", "fast_jl", shape)
         for family, least, label in (("fjlt", 10.0, "fast JL transform"), ("rademacher", 1.0, "dense Rademacher")):
             ms = _ms(result, family, "kernel", shape)
             if ms and package:
                 rows.append(
-                    _row(
+                    judged(
                         f"{label}, {_text(shape)}, times as fast as the dense projection of fast_jl",
                         package / ms,
                         least,
@@ -40,7 +42,7 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     sweep = {line["p"]: line["build_and_project_ms"] for line in result.get("grass_sweep", [])}
     if 1_000_000 in sweep and 100_000_000 in sweep:
         growth = sweep[100_000_000] / sweep[1_000_000]
-        rows.append(_row("GraSS with 32,768 kept, time at p = 100M over p = 1M", growth, 1.3, "x", True))
+        rows.append(judged("GraSS with 32,768 kept, time at p = 100M over p = 1M", growth, 1.3, "x", True))
     return rows
 
 
@@ -52,11 +54,6 @@ def _ms(result: Mapping[str, Any], family: str, backend: str, shape: tuple[int, 
         if here == ("shapes", f"{family}-{k}", backend, batch, p):
             return line["ms"]
     return None
-
-
-def _row(goal: str, measured: float, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
-    met = measured <= limit if at_most else measured >= limit
-    return {"goal": goal, "measured": measured, "limit": limit, "unit": unit, "at_most": at_most, "met": met}
 
 
 def _text(shape: tuple[int, int, int]) -> str:

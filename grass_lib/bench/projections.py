@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import json
 import logging
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from tqdm import tqdm
 from grass_lib.bench.cases import Case, cpu_cases, gpu_cases
 from grass_lib.bench.goals import goals
 from grass_lib.bench.packages import PACKAGES, package_call
+from grass_lib.bench.results import goal_line, versions
 from grass_lib.bench.timing import measure, read_speed
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.experiments.base import resolve_device
@@ -87,19 +85,13 @@ def run(device: str = "auto", *, repeats: int = 20, only: str = "") -> dict[str,
         "device": torch.cuda.get_device_name(place) if gpu else platform.machine(),
         "device_type": place.type,
         "cases": len(cases),
-        "versions": _versions(),
+        "versions": versions("triton", "cuda-bindings", "sjlt", "fast_jl"),
         "read_bytes_per_second": speed,
         "lines": [asdict(line) for line in lines],
         "grass_sweep": _grass_sweep(place, repeats) if gpu and only in ("", "shapes") else [],
     }
     result["goals"] = goals(result)
     return result
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Writes the JSON that the book's page is drawn from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -140,10 +132,7 @@ def summary(result: dict[str, Any]) -> str:
             f"grass, {line['kept']:,} kept of p = {line['p']:,}: {line['build_and_project_ms']:.2f} ms with building, "
             f"{line['project_ms']:.4f} ms without"
         )
-    for goal in result["goals"]:
-        sign = "<=" if goal["at_most"] else ">="
-        verdict = "met" if goal["met"] else "MISSED"
-        lines.append(f"{verdict}: {goal['goal']}: {goal['measured']:.3f} {sign} {goal['limit']} {goal['unit']}")
+    lines += [goal_line(goal) for goal in result["goals"]]
     return "\n".join(lines)
 
 
@@ -280,13 +269,3 @@ def _wall(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], repeats: i
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "cuda-bindings", "sjlt", "fast_jl"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from grass_lib.bench.results import goal_line
 from grass_lib.bench.scaling_check import compare_scores, compare_stores
 from grass_lib.bench.scaling_goals import goals
 from grass_lib.bench.scaling_launch import Ended, keep, launch
@@ -266,9 +267,6 @@ def summary(result: Mapping[str, Any]) -> str:
     for each in result["parts"].get("curvature", {}).get("sums_2", []):
         if "reduce_seconds" in each:
             lines.append(f"sums of {each['bytes'] / 1e9:.2f} GB added in {each['reduce_seconds']:.2f} s")
-    for goal in result["goals"]:
-        verdict, sign = ("met" if goal["met"] else "MISSED"), ("<=" if goal["at_most"] else ">=")
-        value = "nothing" if goal["measured"] is None else f"{goal['measured']:.4g}"
-        lines.append(f"{verdict}: {goal['goal']}: {value} {sign} {goal['limit']:g} {goal['unit']}".rstrip())
+    lines += [goal_line(goal) for goal in result["goals"]]
     lines.append(f"{result['seconds']:.0f} s in all")
     return "\n".join(lines)

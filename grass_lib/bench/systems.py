@@ -27,6 +27,7 @@ from grass_lib.baselines.plan import sides
 from grass_lib.baselines.process import package_digest, run_system
 from grass_lib.baselines.systems import Options, check_systems
 from grass_lib.baselines.workload import Outcome, Workload
+from grass_lib.bench.results import write
 from grass_lib.bench.systems_plan import SETTINGS, Setting, options_for
 from grass_lib.errors import BaselineError, UsageError
 from grass_lib.project import runs_root
@@ -132,12 +133,6 @@ def run(
 def file_stem(shape: str, k: int = 0) -> str:
     """Name of a result's file without suffix; another size than the shape's own has another one."""
     return f"systems-{shape}" + (f"-{k}" if k else "")
-
-
-def write(result: Mapping[str, Any], path: Path) -> None:
-    """Writes the JSON that the book's page and the ledger are drawn from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def throughput_percent_faster(rows: Iterable[Mapping[str, Any]]) -> float | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grass_lib.bench.results import goal_line, judged, versions, write
 from grass_lib.bench.throughput import Throughput
 from grass_lib.bench.throughput_model import build, product_speed
 from grass_lib.bench.throughput_rows import Plan, Row, as_json
@@ -93,7 +92,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(place) if gpu else platform.machine(),
         "device_type": place.type,
-        "versions": versions(),
+        "versions": versions("transformers", "triton", "cuda-bindings"),
         "model": facts,
         "spec": str(plan.spec),
         "block": block,
@@ -130,12 +129,6 @@ def run(
     return result
 
 
-def write(result: Mapping[str, Any], path: Path) -> None:
-    """Writes the JSON that the book's page is drawn from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
 def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Compares a result with the goals; only those that could be measured are in it, speed and memory on a GPU alone.
 
@@ -152,19 +145,19 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     counts = sorted({row["layers"] for row in ours})
     for count in counts if plain else ():
         best = max(row["tokens_per_second"] for row in ours if row["layers"] == count and row["hessian"] != "eFIM")
-        found.append(_goal(f"caching {count} layers, times the plain model", best / max(plain), FASTER, "x", False))
+        found.append(judged(f"caching {count} layers, times the plain model", best / max(plain), FASTER, "x", False))
     smallest = min((row["batch"] for row in ours), default=0)
     for hessian, limit in MEMORY.items():
         peaks = [row["peak_bytes"] for row in ours if (row["hessian"], row["batch"]) == (hessian, smallest)]
         if any(peaks):
             name = f"peak memory at batch {smallest}, {hessian}"
-            found.append(_goal(name, max(filter(None, peaks)) / 1e9, limit / 1e9, "GB", True))
+            found.append(judged(name, max(filter(None, peaks)) / 1e9, limit / 1e9, "GB", True))
     first = ours[0]["since_start_seconds"] if ours else None
     if first is not None:
-        found.append(_goal("first batch done, from the start of the process", first, FIRST_BATCH, "s", True))
+        found.append(judged("first batch done, from the start of the process", first, FIRST_BATCH, "s", True))
     if result["check"].get("worst_cosine") is not None:
         name = f"worst cosine of {result['check']['rows']} written rows with an eager capture in float32"
-        found.append(_goal(name, result["check"]["worst_cosine"], COSINE, "", False))
+        found.append(judged(name, result["check"]["worst_cosine"], COSINE, "", False))
     return found
 
 
@@ -183,11 +176,7 @@ def summary(result: Mapping[str, Any]) -> str:
         lines.append(f"check: {result['check']}")
     if result.get("fp8"):
         lines.append(f"with fp8 products: {result['fp8']}")
-    for goal in result["goals"]:
-        verdict, sign = ("met" if goal["met"] else "MISSED"), ("<=" if goal["at_most"] else ">=")
-        lines.append(
-            f"{verdict}: {goal['goal']}: {goal['measured']:.4g} {sign} {goal['limit']:g} {goal['unit']}".rstrip()
-        )
+    lines += [goal_line(goal) for goal in result["goals"]]
     return "\n".join(lines)
 
 
@@ -220,11 +209,6 @@ def parsed_spec(text: str) -> CompressionSpec:
     return found
 
 
-def _goal(goal: str, measured: float, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
-    met = measured <= limit if at_most else measured >= limit
-    return {"goal": goal, "measured": measured, "limit": limit, "unit": unit, "at_most": at_most, "met": met}
-
-
 def _process_start() -> float | None:
     """When this process started, seconds since the epoch."""
     try:
@@ -232,14 +216,3 @@ def _process_start() -> float | None:
     except ImportError:
         return None
     return float(psutil.Process().create_time())
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that speeds depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers", "triton", "cuda-bindings"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -5,7 +5,8 @@ at once (`columns_beside`). A compiler gives the memory of a tensor to the next 
 more, and it does not see that a copy on another stream still does. So copies form a chain: each takes the tensor and
 the result of the one before, and waits for it. In the forward pass the hooks hand both on. In the backward pass
 automatic differentiation does: every layer's tap takes two outputs of the tap before it that have no memory, and what
-it gives as their gradients are its own output's gradient and the kept columns.
+it gives as their gradients are its own output's gradient and the kept columns. Only layers that the loss depends on
+are linked: the gradient of another one would be computed for the link alone, as zeros.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ class RecordedStep:
         with beside(device), suppress(ColumnsMoved):
             found = self._record(step, device)
         if found is None:
-            logger.info("kept columns are not copied beside the recorded step: its compiled code moves their tensors")
+            logger.info(
+                "kept columns are not copied beside the recorded step: its code does not hold their tensors meanwhile"
+            )
             found = self._record(step, device)
         self._rows, self._values = found
 

@@ -9,6 +9,7 @@ import torch
 from grass_lib.bench import projections
 from grass_lib.bench.cases import Case, cpu_cases, gpu_cases
 from grass_lib.bench.goals import goals
+from grass_lib.bench.results import write
 from grass_lib.errors import UsageError
 
 
@@ -29,7 +30,7 @@ def test_lines_are_checked_and_written(tmp_path: Path) -> None:
         assert line["repeats"] == 20
     assert refused["ms"] is None
     assert "CUDA" in refused["note"]
-    projections.write(result, tmp_path / "a" / "b.json")
+    write(result, tmp_path / "a" / "b.json")
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == json.loads(json.dumps(result))
     assert projections.summary(result).count("\n") == len(result["lines"])
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from grass_lib.bench import systems
-from grass_lib.bench.systems import run, summary, throughput_percent_faster, write
+from grass_lib.bench.results import write
+from grass_lib.bench.systems import run, summary, throughput_percent_faster
 from grass_lib.bench.systems_plan import SETTINGS, options_for
 from grass_lib.errors import UsageError
 
