@@ -43,7 +43,8 @@ def goal_table(goals: Iterable[Mapping[str, Any]]) -> str:
         sign = "at most" if goal["at_most"] else "at least"
         verdict = "met" if goal["met"] else f"missed by {abs(goal['measured'] / goal['limit'] - 1):.1%}"
         limit, found = (
-            f"{value} {goal['unit']}".strip() for value in (f"{goal['limit']:g}", f"{goal['measured']:.4g}")
+            f"{value}\N{NO-BREAK SPACE}{goal['unit']}".strip()
+            for value in (f"{goal['limit']:g}", f"{goal['measured']:.4g}")
         )
         lines.append(f"| {goal['goal']} | {sign} {limit} | {found} | {verdict} |")
     return "\n".join(lines) + "\n"
