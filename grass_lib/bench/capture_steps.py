@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from grass_lib.attribution.curvature import RowBlock
 from grass_lib.gradients import FactoredGradients, causal_loss
 from grass_lib.gradients.graph import RecordedStep
 from grass_lib.specs import CompressionSpec
@@ -19,6 +20,8 @@ from grass_lib.specs import CompressionSpec
 Batch: TypeAlias = dict[str, Tensor]
 Step: TypeAlias = Callable[[Batch], None]
 ROUNDS, REPEATS, WARM = 40, 20, 3
+IN_A_ROW = 5
+"""Calls that are timed together: a walk over a data set never waits for the device between steps."""
 
 
 @contextmanager
@@ -59,7 +62,7 @@ def activations_step(model: Any, compiled: bool) -> Iterator[Step]:
 
 @contextmanager
 def caching_step(model: Any, compiled: bool, spec: CompressionSpec, size: int) -> Iterator[Step]:
-    """Our step: compressed per-sample gradients of all linear layers but the last, in bfloat16 side by side.
+    """Our step: compressed per-sample gradients of all linear layers but the last, rounded to bfloat16 for a store.
 
     Args:
         model: Of transformers.
@@ -75,13 +78,14 @@ def caching_step(model: Any, compiled: bool, spec: CompressionSpec, size: int) -
         compile=compiled,
         timed=False,
     )
-    rows = torch.empty(size, factored.k, dtype=torch.bfloat16, device=factored.device)
-    parts = rows.split(list(factored.sizes.values()), dim=1)
+    block = RowBlock(factored.sizes, size, torch.bfloat16, factored.device)
 
     def step(batch: Batch) -> None:
         gradients, _ = factored(batch)
-        # As they are written: each layer to its place, rounded.
-        torch._foreach_copy_(parts, list(gradients.values()))  # pyright: ignore[reportPrivateImportUsage]
+        first = 0
+        while first < size:
+            first = block.append(gradients, first)
+            block.filled = 0
 
     # Not inside `attached`: the passes alone are timed between calls, on the model as it is.
     yield step
@@ -103,18 +107,20 @@ def training_step(model: Any) -> Iterator[Step]:
         model.zero_grad(set_to_none=True)
 
 
-def seconds_of(step: Step, batch: Batch) -> float:
-    """Of one step, on a GPU by its own clock."""
+def seconds_of(step: Step, batch: Batch, calls: int = IN_A_ROW) -> float:
+    """Of one step among some in a row, on a GPU by its own clock."""
     if not batch["labels"].is_cuda:
         start = time.perf_counter()
-        step(batch)
-        return time.perf_counter() - start
+        for _ in range(calls):
+            step(batch)
+        return (time.perf_counter() - start) / calls
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    step(batch)
+    for _ in range(calls):
+        step(batch)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    return begin.elapsed_time(end) / 1000 / calls
 
 
 def by_turns(base: Step, step: Step, batch: Batch, rounds: int = ROUNDS) -> tuple[float, float]:
@@ -124,7 +130,7 @@ def by_turns(base: Step, step: Step, batch: Batch, rounds: int = ROUNDS) -> tupl
         base: The other one.
         step: The step.
         batch: For both.
-        rounds: Of five calls of each, at least 2.
+        rounds: Of some calls of each in a row, at least 2.
 
     Returns:
         Mean over the rounds, and half of its 95 % interval.
@@ -133,9 +139,7 @@ def by_turns(base: Step, step: Step, batch: Batch, rounds: int = ROUNDS) -> tupl
         warm(batch)
     ratios = []
     for place in range(rounds):
-        taken = {}
-        for which in (base, step) if place % 2 == 0 else (step, base):
-            taken[which] = statistics.median(seconds_of(which, batch) for _ in range(5))
+        taken = {which: seconds_of(which, batch) for which in ((base, step) if place % 2 == 0 else (step, base))}
         ratios.append(taken[base] / taken[step])
     quantile = float(stats.t.ppf(0.975, rounds - 1))
     return statistics.mean(ratios), quantile * statistics.stdev(ratios) / rounds**0.5
@@ -147,16 +151,17 @@ def measure(step: Step, batch: Batch, repeats: int = REPEATS) -> tuple[float, in
     Args:
         step: The step.
         batch: For each call.
-        repeats: Timed calls.
+        repeats: Timed calls, in portions of some in a row.
     """
+    portions = -(-repeats // IN_A_ROW)
     for _ in range(WARM):
         step(batch)
     if not batch["labels"].is_cuda:
-        return statistics.median(seconds_of(step, batch) for _ in range(repeats)), None
+        return statistics.median(seconds_of(step, batch) for _ in range(portions)), None
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    seconds = [seconds_of(step, batch) for _ in range(repeats)]
+    seconds = [seconds_of(step, batch) for _ in range(portions)]
     # A replayed graph allocates nothing: its memory is a pool of its own, which it keeps.
     pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
     held = sum(part["total_size"] - part["allocated_size"] for part in pools)
