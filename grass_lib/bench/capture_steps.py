@@ -22,6 +22,8 @@ Step: TypeAlias = Callable[[Batch], None]
 ROUNDS, REPEATS, WARM = 40, 20, 3
 IN_A_ROW = 5
 """Calls that are timed together: a walk over a data set never waits for the device between steps."""
+WARM_SECONDS, TURNS_SECONDS = 2.0, 15.0
+"""Of a GPU: how long it runs before turns are timed, since its clock falls first, and how long turns last at least."""
 
 
 @contextmanager
@@ -130,19 +132,26 @@ def by_turns(base: Step, step: Step, batch: Batch, rounds: int = ROUNDS) -> tupl
         base: The other one.
         step: The step.
         batch: For both.
-        rounds: Of some calls of each in a row, at least 2.
+        rounds: Of some calls of each in a row, at least 2; more where a GPU does them in a few seconds.
 
     Returns:
         Mean over the rounds, and half of its 95 % interval.
     """
+
+    def turn(place: int) -> float:
+        taken = {which: seconds_of(which, batch) for which in ((base, step) if place % 2 == 0 else (step, base))}
+        return taken[base] / taken[step]
+
     for warm in (base, base, base, step):
         warm(batch)
-    ratios = []
-    for place in range(rounds):
-        taken = {which: seconds_of(which, batch) for which in ((base, step) if place % 2 == 0 else (step, base))}
-        ratios.append(taken[base] / taken[step])
-    quantile = float(stats.t.ppf(0.975, rounds - 1))
-    return statistics.mean(ratios), quantile * statistics.stdev(ratios) / rounds**0.5
+    start, on_gpu, ratios = time.perf_counter(), batch["labels"].is_cuda, list[float]()
+    while on_gpu and time.perf_counter() - start < WARM_SECONDS:
+        turn(0)
+    start = time.perf_counter()
+    while len(ratios) < rounds or (on_gpu and time.perf_counter() - start < TURNS_SECONDS):
+        ratios.append(turn(len(ratios)))
+    quantile = float(stats.t.ppf(0.975, len(ratios) - 1))
+    return statistics.mean(ratios), quantile * statistics.stdev(ratios) / len(ratios) ** 0.5
 
 
 def measure(step: Step, batch: Batch, repeats: int = REPEATS) -> tuple[float, int | None]:
