@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from grass_lib import __version__
 from grass_lib.attribution.curvature import groups_within
+from grass_lib.attribution.origin import DATA_NOTES
 from grass_lib.attribution.preconditioner import decompose
 from grass_lib.attribution.scoring import device_rows
 from grass_lib.devices import usable_device
@@ -95,7 +96,12 @@ def compress(
         dtype=target,
         fingerprint={**source.fingerprint, "compressed": made},
         source=_source(source, target, rank),
-        provenance={"grass_lib": __version__, "torch": torch.__version__, "device": place.type},
+        provenance={
+            "grass_lib": __version__,
+            "torch": torch.__version__,
+            "device": place.type,
+            **{name: text for name, text in (source.provenance or {}).items() if name in DATA_NOTES},
+        },
         low_rank=low_rank,
     )
     missing = result.missing(worker, n_workers)

@@ -11,14 +11,14 @@ import torch
 
 from grass_lib.attribution.caching import ShardCache
 from grass_lib.attribution.curvature import Curvature, reduce_curvature
-from grass_lib.attribution.origin import KeptStore
+from grass_lib.attribution.origin import DATA_NOTES, KeptStore
 from grass_lib.attribution.preconditioner import LayerBasis, primal_layers
 from grass_lib.attribution.scoring import clocked
 from grass_lib.deterministic import deterministic_kernels, is_deterministic
 from grass_lib.errors import UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.full import batch_size, batch_to
-from grass_lib.gradients.order import check_order, first_sample_sha256
+from grass_lib.gradients.order import check_order, sample_sha256, spread_sha256
 from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.stream import progress_bar, sample_count
 from grass_lib.ranks import Ranks, is_sharded
@@ -93,7 +93,8 @@ class StoreFiller:
             if not size:
                 raise UsageError("the loader's first batch has no samples; expected batches of one size, 1 or more")
             start = time.perf_counter()
-            store = self._kept.make(expected, size, first_sample_sha256(first))
+            data = dict(zip(DATA_NOTES, (sample_sha256(first), spread_sha256(loader)), strict=True))
+            store = self._kept.make(expected, size, data)
             opening = time.perf_counter() - start
             missing = store.missing(worker, n_workers)
         self._timings.update(dict.fromkeys(self._timings, 0.0), opening=opening)

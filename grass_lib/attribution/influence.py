@@ -120,7 +120,8 @@ class InfluenceFunction:
                 largest score, against ``"float64"``, is at most 7e-6, 3e-4 and 3e-3 at a damping of 1e-2, 1e-4 and
                 1e-7; that of ``"float32"`` is 3e-4, 5e-2 and more than 2.
             fingerprint: What else decides the rows, above all the data's hash; JSON values. Without it a store tells
-                training sets apart by their first samples.
+                training sets apart by their first samples, and by 64 from the first to the last one where the loader is
+                a list of batches or reads a data set in its order.
             source: What rebuilds the store.
             ranks: ``Ranks.joined()`` where several processes with the same arguments share the work and a store's
                 folder. Each caches the shards that leave its number, owns every world-th layer's curvature and scores
@@ -211,7 +212,7 @@ class InfluenceFunction:
     ) -> None:
         """Computes the gradients of the training set, or the shards of them that are missing.
 
-        In memory, another training set (by its first sample) takes the place of the one before; a folder refuses it.
+        In memory, another training set (see ``fingerprint``) takes the place of the one before; a folder refuses it.
 
         Args:
             loader: Yields batches of one size (the last may be smaller) in a fixed order; it is walked once.

@@ -30,7 +30,8 @@ from grass_lib.store.store import MANIFEST
 # Packages whose operators differ from this library's; its own give the same numbers everywhere.
 _PACKAGES = ("sjlt", "fast_jl")
 _LAST_BITS = ("deterministic", "compiled")
-_FIRST = "first_sample"
+DATA_NOTES = ("first_sample", "spread_samples")
+"""What a store's provenance tells training sets apart by: hashes of the first sample, and of 64 of all."""
 _ALWAYS_HASHED = 2**26  # bytes of a model whose hash takes no time
 
 
@@ -91,31 +92,31 @@ class KeptStore:
             raise UsageError(f"fingerprint has {', '.join(clash)}, which the store notes by itself; choose other names")
         self._entries = {**own, **(given or {})}
         self._store: GradientStore | MemoryStore | None = None
-        self._first_sample = ""
+        self._data: dict[str, str] = {}
         self._seen_model: tuple[tuple[tuple[int, int], ...], str] = ((), "")
 
-    def make(self, n_samples: int | None, batch: int, first_sample: str) -> Store:
+    def make(self, n_samples: int | None, batch: int, data: Mapping[str, str]) -> Store:
         """The store that is there, or a new one; in memory also where the data are others.
 
         Args:
             n_samples: Number of samples; None where only the store that is there can know it.
             batch: Size of the first batch.
-            first_sample: Its hash, which tells training sets apart.
+            data: Hashes of samples, by `DATA_NOTES`; empty ones say nothing.
 
         Raises:
             UsageError: The number of samples is not known, or shards and batches do not fit.
             StoreError: The folder holds a store of something else.
         """
         there = self._found()
-        kept = (there.manifest.provenance or {}).get(_FIRST, first_sample) if there is not None else first_sample
-        if there is not None and not may_be_same(kept, first_sample):
+        other = None if there is None else _other_samples(there.manifest.provenance or {}, data)
+        if there is not None and other is not None:
             if isinstance(there, GradientStore):
                 raise StoreError(
-                    f"{there.path} holds gradients of other training data: its first sample is not the loader's; give "
-                    "another folder, or the data that it was cached from (padded alike, without random augmentation)"
+                    f"{there.path} holds gradients of other training data: {other}; give another folder, or the data "
+                    "that it was cached from (in the same order, padded alike, without random augmentation)"
                 )
             there = self._store = None
-        self._first_sample = first_sample
+        self._data = {name: text for name, text in data.items() if text}
         n_samples = there.n_samples if n_samples is None and there else n_samples
         if n_samples is None:
             raise UsageError("the loader does not say how many samples it has; give n_samples=")
@@ -179,7 +180,7 @@ class KeptStore:
                 "grass_lib": __version__,
                 "torch": torch.__version__,
                 "device": _device_name(self._gradients),
-                **({_FIRST: self._first_sample} if self._first_sample else {}),
+                **self._data,
             },
         }
         if isinstance(there, GradientStore) and (parent := there.manifest.parent()) is not None:
@@ -232,6 +233,16 @@ def matrix_fingerprints(matrices: LayerMatrices) -> dict[str, str]:
         name: hashlib.sha256(matrices[name].detach().cpu().double().contiguous().numpy().data).hexdigest()
         for name in sorted(matrices)
     }
+
+
+def _other_samples(noted: Mapping[str, str], data: Mapping[str, str]) -> str | None:
+    """How the samples of a store and a loader are seen to differ; None where they may be the same."""
+    first, spread = (
+        bool(data.get(name)) and not may_be_same(noted.get(name, data[name]), data[name]) for name in DATA_NOTES
+    )
+    if first:
+        return "its first sample is not the loader's"
+    return "some of its samples are not the loader's" if spread else None
 
 
 def _device_name(gradients: FactoredGradients) -> str:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from grass_lib.errors import UsageError
+from grass_lib.gradients.full import batch_size
 from grass_lib.gradients.outputs import Batch
 
+logger = logging.getLogger(__name__)
+
+SPREAD = 64
+"""Samples of a training set that stand for all of it."""
+_SIZE = " of "
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -44,11 +61,12 @@ def check_order(loader: Iterable[Batch], *, every_sample: bool = True, shared: b
         raise UsageError("the loader drops the last short batch, and every sample needs a row; use drop_last=False")
 
 
-def first_sample_sha256(batch: Batch) -> str:
-    """SHA-256 of a batch's first sample, without the tokens that an ``attention_mask`` leaves out.
+def sample_sha256(batch: Batch, place: int = 0) -> str:
+    """SHA-256 of one sample of a batch, without the tokens that an ``attention_mask`` leaves out.
 
     Args:
         batch: Tuple or dict of tensors with samples on dimension 0.
+        place: Which one.
 
     Returns:
         64 hexadecimal digits; behind them the size of the batch where the sample may be padded to its longest one and
@@ -57,7 +75,7 @@ def first_sample_sha256(batch: Batch) -> str:
     digest, size = hashlib.sha256(), 0
     parts = dict(batch.items() if isinstance(batch, Mapping) else enumerate(batch))
     rows = {str(name): values for name, values in parts.items() if isinstance(values, Tensor) and values.dim()}
-    samples = {name: values[0] for name, values in rows.items() if len(values)}
+    samples = {name: values[place] for name, values in rows.items() if len(values)}
     mask = samples.get("attention_mask")
     for name in sorted(samples):
         sample = samples[name].detach()
@@ -67,12 +85,58 @@ def first_sample_sha256(batch: Batch) -> str:
             size = max(map(len, rows.values()))
         digest.update(f"{name} {sample.dtype} {tuple(sample.shape)}\n".encode())
         digest.update(sample.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() + (f" of {size}" if size else "")
+    return _with_size(digest.hexdigest(), size)
+
+
+def spread_sha256(loader: Iterable[Batch]) -> str:
+    """SHA-256 of 64 samples from the first to the last one, read at their places beside the loader's own walk.
+
+    Args:
+        loader: A list of batches, or a ``DataLoader`` in the order of its data set.
+
+    Returns:
+        As `sample_sha256`; empty where samples cannot be read at their places.
+    """
+    try:
+        found = [sample_sha256(*at) for at in _spread(loader.loader if isinstance(loader, WatchedLoader) else loader)]
+    except Exception:  # noqa: BLE001 - a data set may be made for its loader's workers only, or for one walk
+        logger.debug("samples could not be read at their places", exc_info=True)
+        return ""
+    if not found:
+        return ""
+    parts = [one.partition(_SIZE) for one in found]
+    digest = hashlib.sha256("".join(digest for digest, *_ in parts).encode())
+    return _with_size(digest.hexdigest(), sum(int(size or 0) for *_, size in parts))
+
+
+def _with_size(digest: str, size: int) -> str:
+    return digest + (f"{_SIZE}{size}" if size else "")
+
+
+def _spread(loader: Any) -> Iterator[tuple[Batch, int]]:
+    """Batches and the places of samples in them."""
+    if type(loader) in (list, tuple):  # what a class of its own yields may be something else
+        ends = list(accumulate(batch_size(batch) for batch in loader))
+        for place in _places(ends[-1] if ends else 0):
+            number = next(number for number, end in enumerate(ends) if place < end)
+            yield loader[number], place - ends[number] + batch_size(loader[number])
+    elif (
+        isinstance(loader, DataLoader)
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.batch_sampler.sampler) is SequentialSampler
+        and not isinstance(loader.dataset, IterableDataset)
+    ):
+        for place in _places(len(loader.dataset)):  # pyright: ignore[reportArgumentType]
+            yield loader.collate_fn([loader.dataset[place]]), 0
+
+
+def _places(count: int) -> list[int]:
+    return sorted({round(step * (count - 1) / (SPREAD - 1)) for step in range(SPREAD)}) if count else []
 
 
 def may_be_same(one: str, other: str) -> bool:
-    """Whether two results of `first_sample_sha256` can be those of the same sample: padded otherwise, nobody knows."""
-    sizes = one.partition(" of ")[2], other.partition(" of ")[2]
+    """Whether two results of `sample_sha256` can be those of the same sample: padded otherwise, nobody knows."""
+    sizes = one.partition(_SIZE)[2], other.partition(_SIZE)[2]
     return one == other or (all(sizes) and sizes[0] != sizes[1])
 
 
@@ -101,7 +165,7 @@ class WatchedLoader:
         self.yielded = False
         for batch in self.loader:
             if not self.yielded:
-                found, self.yielded = first_sample_sha256(batch), True
+                found, self.yielded = sample_sha256(batch), True
                 if self._first not in (None, found):
                     raise UsageError(
                         "the loader's first sample differs from that of the walk before; expected the same samples in "

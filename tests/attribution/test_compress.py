@@ -314,3 +314,11 @@ def test_a_small_language_model_keeps_its_order(tmp_path):
         for q in range(12):
             pair = torch.stack([ranks[dtype][:, q], ranks["float32"][:, q]])
             assert torch.corrcoef(pair)[0, 1] > least
+
+
+def test_a_smaller_store_knows_its_training_data_too(tmp_path):
+    model, train, _, _ = cached(tmp_path / "whole")
+    compress(tmp_path / "whole", tmp_path / "small", rank=4, progress=False)
+    influence(model, tmp_path / "small").cache(train)
+    with pytest.raises(StoreError, match="some of its samples are not"):
+        influence(model, tmp_path / "small").cache([train[0], train[0], *train[2:]])

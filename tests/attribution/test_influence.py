@@ -563,6 +563,9 @@ def test_other_training_data_are_not_those_of_the_store(tmp_path):
     assert again.timings["samples"] == 0
     with pytest.raises(StoreError, match="other training data"):
         influence(model, store=tmp_path / "store").cache(other)
+    relabelled = [(x, (y + 1) % 3 if i == 3 else y) for i, (x, y) in enumerate(train)]
+    with pytest.raises(StoreError, match="some of its samples are not"):
+        influence(model, store=tmp_path / "store").cache(relabelled)
     # Another batch size is the same data.
     influence(model, store=tmp_path / "store").cache(cut(tuple(map(torch.cat, zip(*train, strict=True))), 2))
     memory = influence(model)
@@ -571,6 +574,9 @@ def test_other_training_data_are_not_those_of_the_store(tmp_path):
     fresh = influence(model)
     fresh.cache(other)
     assert memory.timings["samples"] == N
+    assert torch.equal(memory.attribute(query), fresh.attribute(query))
+    memory.cache(relabelled)
+    memory.cache(other)
     assert torch.equal(memory.attribute(query), fresh.attribute(query))
     assert error(memory.attribute(query), kept.attribute(query)) > 0.1
 

@@ -6,6 +6,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -14,7 +15,7 @@ from torch.utils.data import (
 )
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients.order import WatchedLoader, check_order, first_sample_sha256, may_be_same
+from grass_lib.gradients.order import SPREAD, WatchedLoader, check_order, may_be_same, sample_sha256, spread_sha256
 from grass_lib.gradients.stream import sample_count
 
 DATA = TensorDataset(torch.arange(12.0).view(6, 2), torch.arange(6))
@@ -67,21 +68,21 @@ def test_padding_does_not_count():
 
     plain = text([5, 6], [1, 1])
     alike = plain, text([5, 6, 0, 0], [1, 1, 0, 0]), text([0, 5, 6], [0, 1, 1])
-    assert len({first_sample_sha256(batch) for batch in alike}) == 1
+    assert len({sample_sha256(batch) for batch in alike}) == 1
     ids = plain["input_ids"]
     others = text([5, 7], [1, 1]), {"input_ids": ids}, {"labels": ids}, (ids,), (ids.int(),), (ids.float(),)
     images = torch.zeros(2, 1, 2, 3)
     others += (images,), (images.view(2, 1, 3, 2),)
-    assert len({first_sample_sha256(batch) for batch in (plain, *others)}) == 9
-    assert first_sample_sha256({"x": images, "t": torch.tensor(1.0)}) == first_sample_sha256({"x": images})
-    assert len(first_sample_sha256((torch.zeros(2, 0), torch.zeros(2, dtype=torch.bool)))) == 64
+    assert len({sample_sha256(batch) for batch in (plain, *others)}) == 9
+    assert sample_sha256({"x": images, "t": torch.tensor(1.0)}) == sample_sha256({"x": images})
+    assert len(sample_sha256((torch.zeros(2, 0), torch.zeros(2, dtype=torch.bool)))) == 64
     # Without a mask nobody knows: batches of other sizes may be padded otherwise.
     ids, longer = torch.tensor([[5, 6], [1, 2]]), torch.tensor([[5, 6, 0], [1, 2, 0], [1, 2, 3]])
-    one, other = (first_sample_sha256({"input_ids": batch}) for batch in (ids, longer))
+    one, other = (sample_sha256({"input_ids": batch}) for batch in (ids, longer))
     assert one != other
     assert may_be_same(one, other)
-    assert not may_be_same(one, first_sample_sha256({"input_ids": ids + 1}))
-    assert not may_be_same(first_sample_sha256((images,)), first_sample_sha256((images[:1] + 1,)))
+    assert not may_be_same(one, sample_sha256({"input_ids": ids + 1}))
+    assert not may_be_same(sample_sha256((images,)), sample_sha256((images[:1] + 1,)))
 
 
 def test_every_walk_begins_with_the_same_sample():
@@ -97,3 +98,57 @@ def test_every_walk_begins_with_the_same_sample():
     once = WatchedLoader(iter([(torch.ones(1),)]))
     assert (len(list(once)), once.yielded) == (1, True)
     assert (len(list(once)), once.yielded) == (0, False)
+
+
+def test_samples_from_the_first_to_the_last_tell_data_sets_apart():
+    x, y = torch.arange(2000.0).view(1000, 2), torch.arange(1000) % 7
+
+    def found(x, y, size):
+        data = TensorDataset(x, y)
+        batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+        one, other = spread_sha256(DataLoader(data, batch_size=size)), spread_sha256(batches)
+        assert one == other == spread_sha256(WatchedLoader(batches))
+        return one
+
+    known = found(x, y, 16)
+    assert known == found(x, y, 7)  # however they are cut into batches
+    noticed = sum(found(x, torch.where(torch.arange(1000) == place, 8, y), 16) != known for place in range(0, 1000, 9))
+    assert noticed == len({round(step * 999 / (SPREAD - 1)) for step in range(SPREAD)} & set(range(0, 1000, 9)))
+    last = y.clone()
+    last[-1] += 1
+    assert found(x, last, 16) != known
+    assert found(x[:3], y[:3], 2) != found(x[:3], y[:3].flip(0), 2)
+
+
+def test_padding_of_lists_of_batches_is_not_known():
+    ids = torch.arange(12).view(4, 3)
+    padded = [{"input_ids": ids[:3]}, {"input_ids": torch.nn.functional.pad(ids[3:], (0, 2))}]
+    one, other = spread_sha256([{"input_ids": ids}]), spread_sha256(padded)
+    assert one != other
+    assert may_be_same(one, other)
+    assert not may_be_same(one, spread_sha256([{"input_ids": ids + 1}]))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+class OfWorkers(TensorDataset):
+    def __getitem__(self, index):
+        raise RuntimeError("opened in a worker")
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        iter([(torch.ones(2, 2),)]),
+        [],
+        DataLoader(Stream(), batch_size=2),
+        DataLoader(DATA, batch_size=2, sampler=[5, 4, 3, 2, 1, 0]),
+        DataLoader(DATA, batch_size=None),
+        DataLoader(OfWorkers(*DATA.tensors), batch_size=2),
+    ],
+)
+def test_samples_that_cannot_be_read_at_their_places_say_nothing(loader):
+    assert spread_sha256(loader) == ""
