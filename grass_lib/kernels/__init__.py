@@ -1,1 +1,1 @@
-"""GPU kernels behind `grass_lib.projection`: each computes what its PyTorch reference does, near memory speed."""
+"""GPU kernels behind `grass_lib.projection`: each computes what its PyTorch reference does."""

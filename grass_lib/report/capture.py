@@ -64,13 +64,16 @@ def capture_section(measured: Path) -> str:
         else ""
     )
     judged = goals(result)
+    first = next((row["spec"].removesuffix("->identity") for row in result["rows"] if row["step"] == "caching"), "")
+    of = f" Goals are those of {first}." if judged else ""
     return (
         "## What capturing adds to a small model\n\n"
-        "A small model's products are short, and what a capture adds to them weighs more. "
+        "A small model's products are short in bfloat16, and what a capture adds beside them weighs more. "
         f"Measured on one {result['device']} in one run of `{result['command']}` ({result['date']}; {versions}): "
         f"{_SHAPES.get(result['shape'], result['shape'])}, random, batches of {result['batch']} sequences of "
         f"{result['block']} tokens{allocator}. {how}The loss is the same function in all rows. Caching and the passes "
-        "alone are compared by turns, with intervals of 95 %, since a device that gets warm runs slower.\n\n"
+        "alone are compared by turns, with intervals of 95 %, since a device that gets warm runs slower; tokens a second "
+        f"are of other calls.{of}\n\n"
         f"{capture_table(result)}" + (f"\n{goal_table(judged)}" if judged else "")
     )
 

@@ -69,7 +69,7 @@ def claim_row(
             "verdict": "not comparable",
             "reason": f"{found:.0f} % faster than LogIX's LoGra{others}, curvature included, on "
             f"{bench['device']}, ours compiled and with its chunked loss, LogIX as documented; weights and tokens are "
-            f"random substitutes, on which throughput does not depend ({bench['command']}, {bench['date']}); "
+            f"random substitutes ({bench['command']}, {bench['date']}); "
             f"{stated_text}",
         }
     if record is None or measured is None or published is None:

@@ -76,7 +76,7 @@ def _draw(axes: Axes, result: Mapping[str, Any], part: str, axis: str) -> None:
 
 
 def time_against_k(result: Mapping[str, Any]) -> Figure:
-    """Time of every operator and package against k."""
+    """Time of four operators and two packages against k."""
     import matplotlib.pyplot as plt
 
     with figure_style():

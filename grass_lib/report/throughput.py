@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RESULT = "throughput.json"
 FIGURE = "throughput_rows"
-STUB = "Not measured yet: `grass bench throughput --json book/measured/throughput.json` writes it, on a GPU.\n"
+STUB = "Not measured yet: `grass bench throughput --fp8 --json book/measured/throughput.json` writes it, on a GPU.\n"
 NAMES = {
     "plain": "transformers' model, forward and backward to activations",
     "reference": "a step like the reference's, nothing written",
@@ -174,9 +174,9 @@ def device_sentence(result: Result) -> str:
     model, versions = result["model"], ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     weights = "random weights" if model["weights"] == "random" else "its own weights"
     text = (
-        f"Measured on one {result['device']} in one run of `{result['command']}` ({result['date']}; {versions}): "
+        f"Measured on one {result['device']} in one run of `{_command(result)}` ({result['date']}; {versions}): "
         f"{model['name']} ({model['parameters'] / 1e9:.2f} billion weights, {weights}, {model['dtype']}), blocks of "
-        f"{result['block']:,} random tokens, {result['samples']} of them cached for each row of the table."
+        f"{result['block']:,} random tokens, {result['samples']} of them cached for each caching row."
     )
     floor = _floor(result)
     if floor:
@@ -200,6 +200,10 @@ def device_sentence(result: Result) -> str:
         )
     state = f"Damaged shards: {'; '.join(problems)}" if problems else "Every shard was read back and has its checksum."
     return f"{text} {state}\n"
+
+
+def _command(result: Result) -> str:
+    return result["command"] + (" --fp8" if any(row.get("fp8") for row in result["rows"]) else "")
 
 
 def write_figures(measured: Path, folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
