@@ -68,7 +68,7 @@ def systems_markdown(result: Mapping[str, Any], earlier: Sequence[Mapping[str, A
 
     Args:
         result: What ``grass bench systems`` wrote.
-        earlier: Other runs, which get a sentence each.
+        earlier: Other runs, which get a line each.
     """
     rows = [row for row in result["rows"] if not row["error"]]
     libraries = ", ".join(f"{name} {version}" for name, version in sorted({(r["system"], r["version"]) for r in rows}))
@@ -106,7 +106,14 @@ def systems_markdown(result: Mapping[str, Any], earlier: Sequence[Mapping[str, A
             f"Our FactGraSS is {result['throughput_percent_faster']:.0f} % faster than LogIX's LoGra of rank 64, both "
             "with curvature."
         )
-    lines += [line for run in earlier for line in ("", _earlier_line(run))]
+    if earlier:
+        lines += [
+            "",
+            "Earlier runs, with the code of then, ready to score; timings of different runs are of different machines "
+            "and do not compare:",
+            "",
+            *map(_earlier_line, earlier),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -116,10 +123,7 @@ def _earlier_line(run: Mapping[str, Any]) -> str:
     ]
     percent = run.get("throughput_percent_faster")
     found = "" if percent is None else f"; FactGraSS {percent:.0f} % faster than LogIX's LoGra"
-    return (
-        f"An earlier run, with the code of then, on {run['device']} ({run['date']}), ready to score: "
-        f"{'; '.join(speeds)}{found}. Timings of different runs are of different machines and do not compare."
-    )
+    return f"- {run['device']}, {run['date']}: {'; '.join(speeds)}{found}."
 
 
 def systems_figure(result: Mapping[str, Any]) -> Figure:

@@ -190,7 +190,8 @@ def test_earlier_runs_have_a_sentence_each(tmp_path, monkeypatch):
         (folder / f"systems-llama_{number}.json").write_text(json.dumps(bench(**{THROUGHPUT: faster})))
     write_systems_parts(folder, generated)
     page = (generated / "systems_llama.md").read_text()
-    assert page.count("An earlier run") == 2
+    assert page.count("Earlier runs") == 1
+    assert page.count("\n- a GPU, ") == 2
     assert page.index("FactGraSS 126 % faster") < page.index("FactGraSS 71 % faster")
     (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
     assert claim["measured"] == 119.0
