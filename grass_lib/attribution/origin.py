@@ -30,7 +30,7 @@ from grass_lib.store.store import MANIFEST
 # Packages whose operators differ from this library's; its own give the same numbers everywhere.
 _PACKAGES = ("sjlt", "fast_jl")
 _LAST_BITS = ("deterministic", "compiled")
-DATA_NOTES = ("first_sample", "spread_samples")
+DATA_NOTES: tuple[str, str] = ("first_sample", "spread_samples")
 """What a store's provenance tells training sets apart by: hashes of the first sample, and of 64 of all."""
 _ALWAYS_HASHED = 2**26  # bytes of a model whose hash takes no time
 

@@ -99,7 +99,7 @@ def spread_sha256(loader: Iterable[Batch]) -> str:
     """
     try:
         found = [sample_sha256(*at) for at in _spread(loader.loader if isinstance(loader, WatchedLoader) else loader)]
-    except Exception:  # noqa: BLE001 - a data set may be made for its loader's workers only, or for one walk
+    except Exception:  # a data set may be made for its loader's workers only, or for one walk
         logger.debug("samples could not be read at their places", exc_info=True)
         return ""
     if not found:
@@ -127,7 +127,8 @@ def _spread(loader: Any) -> Iterator[tuple[Batch, int]]:
         and not isinstance(loader.dataset, IterableDataset)
     ):
         for place in _places(len(loader.dataset)):  # pyright: ignore[reportArgumentType]
-            yield loader.collate_fn([loader.dataset[place]]), 0
+            batch: Any = loader.collate_fn([loader.dataset[place]])
+            yield batch, 0
 
 
 def _places(count: int) -> list[int]:

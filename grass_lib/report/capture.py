@@ -72,8 +72,8 @@ def capture_section(measured: Path) -> str:
         f"Measured on one {result['device']} in one run of `{result['command']}` ({result['date']}; {versions}): "
         f"{_SHAPES.get(result['shape'], result['shape'])}, random, batches of {result['batch']} sequences of "
         f"{result['block']} tokens{allocator}. {how}The loss is the same function in all rows. Caching and the passes "
-        "alone are compared by turns, with intervals of 95 %, since a device that gets warm runs slower; tokens a second "
-        f"are of other calls.{of}\n\n"
+        "alone are compared by turns, with intervals of 95 %, since a device that gets warm runs slower; tokens a "
+        f"second are of other calls.{of}\n\n"
         f"{capture_table(result)}" + (f"\n{goal_table(judged)}" if judged else "")
     )
 
