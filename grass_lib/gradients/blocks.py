@@ -52,12 +52,22 @@ class CapturedLayer(nn.Module):
         """The layer's, for models that look at it."""
         return self.inner.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def in_features(self) -> Any:
+        """The layer's, for models that look at it."""
+        return self.inner.in_features
+
+    @property
+    def out_features(self) -> Any:
+        """The layer's, for models that look at it."""
+        return self.inner.out_features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the layer and attaches the probe."""
         if self.probe is None:
-            return self.inner(x)
-        kept = self.capture.keep(self.inner, x, None)
-        y = self.inner(x)
+            return self.inner(*args, **kwargs)
+        kept = self.capture.keep(self.inner, first_input(args, kwargs), None)
+        y = self.inner(*args, **kwargs)
         if self.deferred:
             self.kept = kept[0]
             return self.capture.tap(y, self.probe)
@@ -84,13 +94,21 @@ class CompiledBlocks:
         path = find_blocks(model)
         modules = dict(model.named_modules())
         self._blocks: list[Any] = list(modules[path].children())
-        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._places: list[tuple[nn.Module, str, str]] = []
         self._layers: dict[str, CapturedLayer] = {}
+        names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
         for name, capture in captures.items():
-            if name.startswith(f"{path}.") and capture.shape.kind in ("linear", "conv1d"):
-                parent, _, last = name.rpartition(".")
-                self._places[name] = modules[parent], last
+            known = names[
+                id(modules[name])
+            ]  # a layer may be reached under several names, and has to be replaced at all
+            inside = any(one.startswith(f"{path}.") for one in known)
+            if inside and capture.shape.kind in ("linear", "conv1d"):
                 self._layers[name] = CapturedLayer(modules[name], capture)
+                for one in known:
+                    parent, _, last = one.rpartition(".")
+                    self._places.append((model.get_submodule(parent), last, name))
         self.names = frozenset(self._layers)
         self._compiled: list[Any] = []
 
@@ -98,7 +116,7 @@ class CompiledBlocks:
     def installed(self) -> Iterator[None]:
         """Puts the captured layers in their places and takes them out when the block is left, whatever happens."""
         with ExitStack() as stack:
-            for name, (parent, last) in self._places.items():
+            for parent, last, name in self._places:
                 stack.callback(setattr, parent, last, self._layers[name].inner)
                 self._layers[name].train(self._layers[name].inner.training)
                 setattr(parent, last, self._layers[name])
@@ -133,6 +151,11 @@ class CompiledBlocks:
     def kept(self) -> dict[str, Tensor]:
         """Compressed inputs of the deferred layers that the pass used."""
         return {name: layer.kept for name, layer in self._layers.items() if layer.kept is not None}
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer's input."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _run(block: Any, *args: Any, **kwargs: Any) -> Any:

@@ -167,7 +167,7 @@ class LayerCapture:
             delta, kept = delta.flatten(2).mT, (kept[0].mT,)
         left = self.shorten(delta, tables)
         if self._into.counts_tokens:
-            return self._contract_tokens(_wide(as_tokens(left)).mT, kept[0].flatten(1))
+            return self._contract_tokens(_wide(as_tokens(left)).mT, kept[0].reshape(len(left), -1))
         return self.join(left, kept[0])
 
     def _contract_tokens(self, left: Tensor, ids: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def handed_on(ctx: Any, y: Tensor) -> Tensor:
     An activation after the layer may work in place: the output is the same tensor, or shares its memory without being
     a view in the eyes of automatic differentiation.
     """
-    if torch.compiler.is_compiling() or y._is_view():
+    if torch.compiler.is_compiling() or y._is_view() or (y.is_leaf and y.requires_grad):
         return y.detach()
     ctx.mark_dirty(y)
     return y

@@ -40,7 +40,8 @@ class FactoredGradients:
     below the lowest captured layer, and of each input only the kept columns stay for the backward pass.
 
     Samples must not influence each other: the model runs in evaluation mode, and every layer must have samples on
-    dimension 0. Afterwards the model is as it was found, also after an exception.
+    dimension 0. Afterwards the model is as it was found, also after an exception, but for buffers that its own forward
+    pass changes. A layer whose class has a forward of its own is compared with its kind at the first batch.
 
     Stage 1 of the layer ``name`` takes its numbers from the random streams ``name/output`` and ``name/input``, stage 2
     from ``name``. Norms have no input side to shorten: weight and bias stay beside each other. A mask that asks for as
@@ -139,8 +140,7 @@ class FactoredGradients:
         )
         for name, shape in shapes.items():
             out, into = maps.side(name, "output", shape), maps.side(name, "input", shape)
-            weight = next(modules[name].parameters(recurse=False))
-            self._captures[name] = LayerCapture(name, shape, out, into, weight.dtype)
+            self._captures[name] = LayerCapture(name, shape, out, into, modules[name].weight.dtype)
             self._stage2s[name] = maps.stage2(name, self._captures[name].size)
         maps.check_all_used()
         self.layers: dict[str, LayerShape] = shapes

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from grass_lib.errors import UsageError
 from grass_lib.words import few
@@ -59,7 +60,8 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
     found: dict[str, LayerShape] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in seen or next(module.parameters(recurse=False), None) is None:
+        weights = next(module.parameters(recurse=False), None) is not None or is_parametrized(module)
+        if id(module) in seen or not weights:
             continue
         seen.add(id(module))
         shape, problem = describe(module)
@@ -104,16 +106,28 @@ def doubts(model: nn.Module, found: Iterable[str], layers: LayerChoice) -> list[
         "gradient of the whole weight"
         for names in shared
     ]
-    if layers == "all":
-        own = {id(value) for name in chosen for value in modules[name].parameters(recurse=False)}
-        head = output_layer(model)
-        left = [
-            name
-            for name, value in model.named_parameters()
-            if id(value) not in own and value.requires_grad and name.rpartition(".")[0] != head
-        ]
-        if left:
-            said.append(f"layers='all' leaves out weights of other kinds: {few(left)}")
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    derived = [name for name in chosen if is_parametrized(modules[name])]
+    own = {id(getattr(modules[name], key, None)) for name in chosen for key in ("weight", "bias")}
+    head = output_layer(model)
+    left = [
+        name
+        for name, value in trained.items()
+        if id(value) not in own
+        and (parent := name.rpartition(".")[0]) != head
+        and (parent in chosen or layers == "all")
+        and not any(name.startswith(f"{one}.parametrizations.") for one in derived)
+    ]
+    frozen = [name for name in found if name not in derived and not modules[name].weight.requires_grad]
+    if left:
+        whose = (
+            "layers='all' leaves out weights of other kinds" if layers == "all" else "captured layers have more weights"
+        )
+        said.append(f"{whose}: {few(left)}")
+    if frozen and trained:
+        said.append(f"layers whose weights are frozen are captured like the others: {few(frozen)}")
+    if derived:
+        said.append(f"rows of layers with parametrized weights are of the weights they result in: {few(derived)}")
     return said
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients.blocks import CompiledBlocks
+from grass_lib.gradients.blocks import CompiledBlocks, first_input
 from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.column_chain import ColumnChain, Use, mark, reached
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head, values_only
+from grass_lib.gradients.layer_check import has_own_forward, layers_checked
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
@@ -79,6 +80,11 @@ class CapturePass:
         """
         self.model, self.captures = model, captures
         self._modules = dict(model.named_modules())
+        self._unseen = {
+            name: (self._modules[name], capture.shape)
+            for name, capture in captures.items()
+            if has_own_forward(self._modules[name], capture.shape.kind)
+        }
         self._blocks = CompiledBlocks(model, captures) if compile == "blocks" else None
         self._compiled: Any = compile_apart(_evaluate) if compile is True else _evaluate
         self._head = head
@@ -140,6 +146,12 @@ class CapturePass:
         Raises:
             UsageError: If what the output returns or a layer's output has another form.
         """
+        if torch.is_inference_mode_enabled():
+            raise UsageError(
+                "gradients are asked for inside torch.inference_mode(), where PyTorch keeps nothing to differentiate; "
+                "expected a call outside of it (torch.no_grad() does no harm)"
+            )
+        self._check_layers(output, samples)
         # Expanded from one number: a probe has a shape and a gradient, but no memory.
         zero = self._zero(self._dtype)
         self._deferred, self._inputs = deferred or {}, {}
@@ -185,6 +197,17 @@ class CapturePass:
         finally:
             self._probes, self._deferred, self._inputs, self._chain = {}, {}, {}, None
 
+    def _check_layers(self, output: Output, samples: Batch) -> None:
+        """Looks once, by a pass of its own, at layers whose class has a forward of its own.
+
+        Raises:
+            UsageError: One does not compute what its kind does.
+        """
+        unseen, self._unseen = self._unseen, {}
+        if unseen:
+            with torch.no_grad(), layers_checked(unseen):
+                _evaluate(output, self.model, samples, None)
+
     def _head_tap(self, output: Output) -> HeadTap | None:
         """What an output that computes logits by itself gets, where the output layer is captured."""
         if self._head is None or not takes_head(output):
@@ -207,6 +230,7 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
+        self._check_layers(output, samples)
         if self._whole:
             try:
                 return self._seen(output, samples, n, linking=True)
@@ -267,7 +291,7 @@ class CapturePass:
         """
 
         def watching(name: str) -> Any:
-            return lambda module, args, kwargs, y: note(name, _first(args, kwargs), y)
+            return lambda module, args, kwargs, y: note(name, first_input(args, kwargs), y)
 
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(graph))
@@ -281,7 +305,7 @@ class CapturePass:
     def _before(self, capture: LayerCapture) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.name in self._probes:
-                x = _first(args, kwargs)
+                x = first_input(args, kwargs)
                 chain = self._chain
                 if chain is not None and chain.takes(capture.name):
                     self._inputs[capture.name] = (chain.keep(capture, x),)
@@ -309,11 +333,6 @@ class CapturePass:
 
 def _dropped(kept: None) -> Tensor:
     raise RuntimeError("a tensor was asked for that nobody kept")
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A layer's input."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _evaluate(output: Any, model: nn.Module, samples: Batch, head: HeadTap | None) -> Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 
 from grass_lib import InfluenceFunction
 from grass_lib.errors import UsageError
-from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss
-from grass_lib.gradients.blocks import find_blocks
+from grass_lib.gradients import FactoredGradients, causal_loss, chunked_causal_loss, cross_entropy
+from grass_lib.gradients.blocks import CapturedLayer, find_blocks
 
 MASKED = {"sparsification": "random_mask-6*5", "projection": "sjlt-11"}
 
@@ -147,3 +147,45 @@ def test_bad_input():
     assert find_blocks(make_llama()) == "model.layers"
     with pytest.raises(UsageError, match="'blocks'"):
         InfluenceFunction(make_llama(), causal_loss, compile="max-autotune")
+
+
+class Shared(nn.Module):
+    """A block that takes a layer which others have too, and looks at it as models do."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared, self.own = shared, nn.Linear(6, 6)
+
+    def forward(self, x):
+        assert self.shared.in_features == self.shared.out_features == 6
+        return x + self.own(torch.tanh(self.shared(input=x)))
+
+
+class OfShared(nn.Module):
+    def __init__(self, alias):
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        if alias == "before":
+            self.alias = shared
+        self.blocks = nn.ModuleList(Shared(shared if alias == "blocks" else nn.Linear(6, 6)) for _ in range(2))
+        if alias == "before":
+            self.blocks[0].shared = shared
+        if alias == "after":
+            self.alias = self.blocks[0].shared
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x if not hasattr(self, "alias") else self.alias(torch.tanh(x)))
+
+
+@pytest.mark.parametrize("alias", ["blocks", "before", "after"])
+@pytest.mark.parametrize("compressed", [{}, {"sparsification": "random_mask-4*5"}])
+def test_a_layer_with_several_names_counts_wherever_it_is_used(graphs, alias, compressed):
+    torch.manual_seed(0)
+    model, batch = OfShared(alias), (torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    plain, _ = FactoredGradients(model, cross_entropy, **compressed)(batch)
+    found, _ = FactoredGradients(model, cross_entropy, compile="blocks", **compressed)(batch)
+    same(found, plain)
+    assert all(type(module) is not CapturedLayer for module in model.modules())

@@ -495,3 +495,65 @@ def test_a_loss_without_a_gradient_is_refused():
     # A pass that calls none of the layers gives zeros: which ones a batch needs may depend on the batch.
     rows, _ = FactoredGradients(model, lambda model, batch: batch[0].sum(dim=1))(batch)
     assert not any(part.any() for part in rows.values())
+
+
+@pytest.mark.parametrize("sparsification", ["identity", "random_mask-4*40", "random_mask-4*5"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_embeddings_of_one_id_a_sample(sparsification, compile):
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
+    ids, labels = torch.tensor([1, 7, 7, 19]), torch.tensor([0, 1, 2, 0])
+    factored = FactoredGradients(
+        model, cross_entropy, layers="embedding", sparsification=sparsification, compile=compile
+    )
+    rows, _ = factored((ids, labels))
+    out, into = factored.sides("0")
+    for i in range(4):
+        value = cross_entropy(model, (ids[i : i + 1], labels[i : i + 1])).sum()
+        (whole,) = torch.autograd.grad(value, [model[0].weight])
+        wanted = out.dense().mT.float() @ whole.mT @ into.dense().float()
+        torch.testing.assert_close(rows["0"][i], wanted.flatten())
+
+
+def test_a_hook_that_makes_embeddings_require_gradients_does_no_harm():
+    model, batch, loss = case("text")
+    embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    wanted, _ = FactoredGradients(model, loss, layers="all")(batch)
+    embedding.register_forward_hook(lambda module, args, y: y.requires_grad_(True))
+    rows, _ = FactoredGradients(model, loss, layers="all")(batch)
+    for name, part in wanted.items():
+        torch.testing.assert_close(rows[name], part)
+
+
+class Adapter(nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.A = nn.Parameter(torch.randn(2, width))
+        self.requires_grad_(False)
+        self.A.requires_grad_(True)
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.A.mT @ self.A
+
+
+@pytest.mark.parametrize("layers", ["linear", "all"])
+def test_weights_that_are_left_out_frozen_or_derived_are_named(caplog, layers):
+    derived = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6, bias=False))
+    model = nn.Sequential(Adapter(6), derived, nn.Linear(6, 3))
+    batch = torch.randn(N, 6), torch.arange(N) % 3
+    rows, _ = FactoredGradients(model, cross_entropy, layers=layers)(batch)
+    assert list(rows) == ["0", "1", "2"]
+    assert ": 0.A" in caplog.text
+    assert "parametrizations" not in caplog.text
+    assert "frozen are captured like the others: 0" in caplog.text
+    assert "parametrized weights are of the weights they result in: 1" in caplog.text
+    weight = derived.weight.detach().requires_grad_()
+    for i in range(N):
+        y = model[2](functional.linear(model[0](batch[0][i : i + 1]), weight))
+        (wanted,) = torch.autograd.grad(functional.cross_entropy(y, batch[1][i : i + 1]), [weight])
+        torch.testing.assert_close(rows["1"][i], wanted.flatten())
+
+
+def test_inference_mode_is_refused():
+    model, batch, loss = case("mlp")
+    with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode.*outside of it"):
+        FactoredGradients(model, loss)(batch)

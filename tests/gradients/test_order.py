@@ -152,3 +152,9 @@ class OfWorkers(TensorDataset):
 )
 def test_samples_that_cannot_be_read_at_their_places_say_nothing(loader):
     assert spread_sha256(loader) == ""
+
+
+@pytest.mark.parametrize("batch", [DATA.tensors, list(DATA.tensors), dict(enumerate(DATA.tensors)), DATA.tensors[0]])
+def test_a_batch_is_no_loader(batch):
+    with pytest.raises(UsageError, match="a batch itself; expected what yields batches"):
+        check_order(batch)

@@ -1,0 +1,147 @@
+"""Layers whose class has a forward of its own: taken where their gradient is that of their kind, refused elsewhere."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from grass_lib.errors import UsageError
+from grass_lib.gradients import FactoredGradients, cross_entropy
+
+N = 5
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x) * 4
+
+
+class Sliding(nn.Embedding):
+    def forward(self, x, gap=2):
+        return functional.embedding(x + gap, self.weight)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias)
+
+
+class Padding(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(functional.pad(x, (1, 1, 1, 1)))
+
+
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return functional.linear(3 * x, self.weight, self.bias)
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y
+
+
+class OtherRMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * functional.normalize(x.tanh(), dim=-1)
+
+
+class PlusOne(nn.LayerNorm):
+    def forward(self, x):
+        return functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class Adapted(nn.Linear):
+    """As adapters of low rank are written: something beside the weight, which changes nothing about it."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.A, self.B = nn.Parameter(torch.randn(2, d_in)), nn.Parameter(torch.randn(d_out, 2))
+
+    def forward(self, x):
+        return functional.linear(x, self.weight, self.bias) + x @ self.A.mT @ self.B.mT
+
+
+class Scheme(nn.Module):
+    """A layer and a head on the mean over everything between samples and features."""
+
+    def __init__(self, layer, width):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(width, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y = y.flatten(2).mT if isinstance(self.layer, nn.Conv2d) else y
+        return self.head(torch.tanh(y.flatten(1, -2).mean(dim=1)))
+
+
+TOKENS, IDS, IMAGES = torch.randn(N, 8, 8), torch.randint(0, 9, (N, 4)), torch.randn(N, 2, 6, 6)
+OTHERS = [
+    (Scaled(9, 8), 8, IDS),
+    (Sliding(11, 8), 8, IDS),
+    (ChannelsFirst(8), 8, TOKENS),
+    (Standardised(2, 4, 3), 4, IMAGES),
+    (Padding(2, 4, 3), 4, IMAGES),
+    (Tripled(8, 6), 6, TOKENS),
+    (Activated(8, 6), 6, TOKENS),
+    (Pair(8, 6), 6, TOKENS),
+    (OtherRMSNorm(8), 8, TOKENS),
+]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(("layer", "width", "x"), OTHERS, ids=lambda part: type(part).__name__)
+def test_layers_that_compute_something_else_are_refused(layer, width, x, compile):
+    factored = FactoredGradients(Scheme(layer, width), cross_entropy, layers="all", compile=compile)
+    with pytest.raises(UsageError, match=rf"layer 'layer' \({type(layer).__name__}\) cannot be captured.*layers="):
+        factored((x, LABELS))
+    assert all(not module._forward_pre_hooks for module in factored.model.modules())
+    assert all(parameter.requires_grad for parameter in factored.model.parameters())
+    rows, _ = FactoredGradients(factored.model, cross_entropy, layers="head")((x, LABELS))
+    assert rows["head"].any()
+
+
+@pytest.mark.parametrize(("layer", "width"), [(PlusOne(8), 8), (Adapted(8, 6), 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_differ_in_nothing_that_counts_are_taken(layer, width, dtype):
+    model = Scheme(layer, width).to(dtype)
+    random = torch.get_rng_state()
+    rows, _ = FactoredGradients(model, cross_entropy, layers="layer")((TOKENS.to(dtype), LABELS))
+    assert torch.equal(torch.get_rng_state(), random)
+    wide = model.double()
+    for i in range(N):
+        value = cross_entropy(wide, (TOKENS[i : i + 1].double(), LABELS[i : i + 1])).sum()
+        weight, bias = torch.autograd.grad(value, [wide.layer.weight, wide.layer.bias])
+        one = torch.cat([weight.reshape(len(weight), -1), bias[:, None]], dim=1).flatten()
+        assert (rows["layer"][i].double() - one).norm() < (1e-5 if dtype == torch.float32 else 0.1) * one.norm()
+
+
+def test_models_of_transformers_are_taken():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from grass_lib.gradients import causal_loss
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    ids = torch.randint(0, 32, (2, 7))
+    rows, _ = FactoredGradients(model, causal_loss, layers="norm")({"input_ids": ids, "labels": ids})
+    assert len(rows) == 5
+    assert all(part.any() for part in rows.values())
