@@ -105,7 +105,8 @@ class PerSampleGradients:
             Gradients ``(batch, p)`` and output values ``(batch,)``, in the dtype given at construction.
 
         Raises:
-            UsageError: If the batch or what the output returns has another form, or the checkpoint does not fit.
+            UsageError: If the batch or what the output returns has another form, its values have no gradient, or the
+                checkpoint does not fit.
             GrassError: If a gradient or value is not finite; the positions of the samples are named.
         """
         bound = state if isinstance(state, ModelState) else self.bind(state)
@@ -127,7 +128,7 @@ class PerSampleGradients:
         check_finite(out, values, first)
         return out, values
 
-    def fill(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> None:
+    def fill(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor, *, masked: bool = False) -> None:
         """One micro-batch, without the checks and the evaluation mode of a call.
 
         Args:
@@ -135,12 +136,16 @@ class PerSampleGradients:
             samples: On the device.
             rows: Is written to, ``(batch, p)``.
             values: Is written to, ``(batch,)``.
+            masked: Whether the caller keeps coordinates; messages then do not advise to do so.
 
         Raises:
-            UsageError: The model does what ``torch.func.vmap`` cannot, or the output returns another form.
+            UsageError: The model or the output does what ``torch.func.vmap`` cannot, or the output returns another
+                form, or values without a gradient.
         """
+        tracked = True
 
         def value_of(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
+            nonlocal tracked
             # Cloned inside the transform, so that a forward pass that counts in a buffer changes a copy.
             buffers = {name: value.clone() for name, value in state.buffers.items()}
 
@@ -154,6 +159,7 @@ class PerSampleGradients:
                     f"output returned {seen} for a batch of one; expected one value per sample, shape (1,). "
                     "Do not average over the batch."
                 )
+            tracked = value.requires_grad
             return value[0]
 
         self.model_calls += 1
@@ -161,14 +167,12 @@ class PerSampleGradients:
             with whole_masks():
                 gradients, found = vmap(grad_and_value(value_of), in_dims=(None, 0))(state.trainable, samples)
         except RuntimeError as error:
-            if not str(error).startswith("vmap: "):
+            reason = _why_not(error, self.model, masked=masked)
+            if reason is None:
                 raise
-            raise UsageError(
-                f"{type(self.model).__name__} cannot give each sample its gradient by torch.func.vmap: "
-                f"{_vmap_reason(error)}; change that (for a model of transformers, load it with "
-                "attn_implementation='eager', or leave attention_mask and position_ids out of the batch), or begin "
-                "the spec with a mask, for example random_mask-16384->sjlt-4096"
-            ) from error
+            raise UsageError(reason) from error
+        if not tracked:
+            refuse_detached(self.model, self.output, state, batch_slice(samples, 0, 1))
         values.copy_(found)
         offset = 0
         for name, shape in zip(self.names, self._shapes, strict=True):
@@ -249,8 +253,74 @@ def check_finite(rows: Tensor, values: Tensor, first: int) -> None:
     )
 
 
-def _vmap_reason(error: RuntimeError) -> str:
-    text = str(error).removeprefix("vmap: ")
-    if ".item()" in text:
-        return "what it computes depends on the values of a tensor"
-    return text.split("\n", 1)[0].split(". ", 1)[0].rstrip(".")
+def refuse_detached(model: nn.Module, output: Output, state: ModelState, samples: Batch) -> None:
+    """Refuses an output whose values have no gradient; to be called where they have none for the chosen weights.
+
+    Args:
+        model: In evaluation mode; is run once.
+        output: What is differentiated.
+        state: The weights.
+        samples: A batch, on the device of the weights.
+
+    Raises:
+        UsageError: The values depend on no trainable weight of the model, chosen or not.
+    """
+    chosen = state.trainable.keys() | {name for name, own in model.named_parameters() if own.requires_grad}
+    weights = {
+        name: value.detach().requires_grad_(name in chosen) for name, value in (state.trainable | state.fixed).items()
+    }
+    buffers = {name: value.clone() for name, value in state.buffers.items()}
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return functional_call(model, (weights, buffers), args, kwargs)
+
+    with torch.enable_grad():
+        values = output(call, samples)
+    if not values.requires_grad:
+        raise UsageError(
+            f"the values of output {_name_of(output)} have no gradient with respect to any trainable weight of "
+            f"{type(model).__name__}: they are detached or computed without gradients (torch.no_grad, .item(), NumPy). "
+            "Compute them from what the model returns, by operations that PyTorch differentiates"
+        )
+
+
+def _why_not(error: RuntimeError, model: nn.Module, *, masked: bool) -> str | None:
+    """What ``torch.func.vmap`` cannot do, and the ways out; None for an error that is not about vmap."""
+    text, kind = str(error), type(model).__name__
+    if "embedding_renorm_" in text:
+        return (
+            f"{kind} cannot give each sample its gradient: {_embeddings(model, 'max_norm')} rescales its weights while "
+            "the model runs, which torch.func.vmap cannot do. Rescale them once, and set max_norm of the layer to None"
+        )
+    if "SparseCPU" in text or "SparseCUDA" in text:
+        return (
+            f"{kind} cannot give each sample its gradient: {_embeddings(model, 'sparse')} gives sparse gradients, "
+            "which torch.func.vmap does not know. Set sparse of the layer to False: the numbers are the same"
+        )
+    theirs = (
+        "for a model of transformers, load it with attn_implementation='eager', or leave attention_mask and "
+        "position_ids out of the batch"
+    )
+    mask = "begin the spec with a mask, for example random_mask-16384->sjlt-4096"
+    if ".item()" in text or "Cannot access data pointer" in text:
+        last = "" if masked else f". If only the model does so, you may also {mask}"
+        return (
+            f"{kind} or its output looks at the values of a tensor (.item(), .tolist(), NumPy, or an if), which cannot "
+            "be differentiated for each sample by torch.func.vmap; use operations on tensors instead, such as "
+            f"torch.where ({theirs}){last}"
+        )
+    if not text.startswith("vmap: "):
+        return None
+    reason = text.removeprefix("vmap: ").split("\n", 1)[0].split(". ", 1)[0].rstrip(".")
+    last = "" if masked else f", or {mask}"
+    return f"{kind} cannot give each sample its gradient by torch.func.vmap: {reason}; change that ({theirs}){last}"
+
+
+def _embeddings(model: nn.Module, option: str) -> str:
+    """An embedding with an option, in words."""
+    found = [(name, value) for name, module in model.named_modules() if (value := getattr(module, option, None))]
+    return f"layer '{found[0][0]}' with {option}={found[0][1]}" if found else f"an embedding with {option}"
+
+
+def _name_of(output: Output) -> str:
+    return getattr(output, "__qualname__", type(output).__name__)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.coordinates import KeptPart, check_indices, split_coordinates
-from grass_lib.gradients.full import PerSampleGradients, batch_size, batch_slice, batch_to, check_finite
+from grass_lib.gradients.full import (
+    PerSampleGradients,
+    batch_size,
+    batch_slice,
+    batch_to,
+    check_finite,
+    refuse_detached,
+)
 from grass_lib.gradients.masked_formulas import masked_layer
 from grass_lib.gradients.masked_graph import Recordings, Shared
 from grass_lib.gradients.masked_layers import MaskedLayer
@@ -33,9 +40,10 @@ class MaskedGradients:
     way*: its whole per-sample gradient is formed (by ``torch.func.vmap``) and the kept coordinates are taken from it.
 
     A model may use a weight beside its layer's call, or let samples of a batch influence each other. Both are looked
-    for in the first batch by an extra backward pass, exactly: parameters that are concerned, or all, then go the
-    general way. `routes` shows it and a warning is logged. Modules used twice add up, tied weights too, unused ones
-    give zeros. The model is left as it is found, also after an exception.
+    for in the first batch by a few extra backward passes, exactly: parameters that are concerned, or all, then go the
+    general way. Where fewer than two samples of that batch have a gradient, the next batch is looked at too. `routes`
+    shows the way of a parameter, and a warning is logged. Modules used twice add up, tied weights too, unused ones give
+    zeros. The model is left as it is found, also after an exception.
 
     On a GPU the pass is hundreds of short kernels, and Python is slower than they are. A micro-batch whose shape comes
     for the second time is therefore recorded as a CUDA graph, and replayed from the third on, for any checkpoint: its
@@ -168,7 +176,8 @@ class MaskedGradients:
             Gradients ``(batch, k)`` and output values ``(batch,)``, in the dtype given at construction.
 
         Raises:
-            UsageError: If the batch or what the output returns has another form, or the checkpoint does not fit.
+            UsageError: If the batch or what the output returns has another form, its values have no gradient, or the
+                checkpoint does not fit.
             GrassError: If a kept coordinate or a value is not finite; the positions of the samples are named.
         """
         bound = state if isinstance(state, ModelState) else self.bind(state)
@@ -207,7 +216,7 @@ class MaskedGradients:
 
     def _fill_as_it_is(self, state: ModelState, samples: Batch, rows: Tensor, values: Tensor) -> bool:
         """Fills one micro-batch; returns whether all of it was filled by layers."""
-        n, done = len(rows), False
+        n, done, odd = len(rows), False, False
         while self._layers and not done:
             known = self._history.samples if n > 1 else self._history.weights
             check = not self._layers.keys() <= known
@@ -216,11 +225,16 @@ class MaskedGradients:
             done = self._put(found, rows, values)
             if done:
                 self._history.weights.update(self._layers)
-                self._history.samples.update(self._layers if n > 1 else ())
+                self._history.samples.update(self._layers if n > 1 and found.checked else ())
+                if all(gradient is None for gradient in found.gradients.values()):
+                    refuse_detached(self.model, self.output, state, samples)
             else:
+                odd = not (found.problems or found.mixed)
                 self._demote(found)
         if self._general or not done:
             self._fill_generally(state, samples, rows, values)
+            if odd:  # said only where it matters: most outputs that average over the batch have just been refused
+                _LOG.warning("Whole gradients are formed for all parameters: the output has not one value each.")
             return False
         return True
 
@@ -245,7 +259,7 @@ class MaskedGradients:
         trainable = {name: weights[name] for name in whole.names}
         fixed = {name: value for name, value in weights.items() if name not in trainable}
         gradients = torch.empty(len(rows), whole.p, device=self.device, dtype=self.dtype)
-        whole.fill(ModelState(trainable, fixed, state.buffers), samples, gradients, values)
+        whole.fill(ModelState(trainable, fixed, state.buffers), samples, gradients, values, masked=True)
         self._history.calls += 1
         offset = 0
         for name in whole.names:
@@ -266,8 +280,8 @@ class MaskedGradients:
                 _LOG.warning("Whole gradients are formed for %s: layer '%s': %s.", sorted(names), layer, reason)
         else:
             history.general |= set(self.names)
-            reason = "samples of a batch influence each other" if found.mixed else "the output has not one value each"
-            _LOG.warning("Whole gradients are formed for all parameters: %s.", reason)
+            if found.mixed:
+                _LOG.warning("Whole gradients are formed for all parameters: samples of a batch influence each other.")
         self._group()
 
     def _take(self, indices: Tensor) -> None:

@@ -270,6 +270,63 @@ def test_empty_batches_are_fine():
     assert rows.shape[0] == values.shape[0] == 0
 
 
+def test_values_without_a_gradient_are_refused_but_not_for_some_weights_alone():
+    samples = zoo.make_samples("unused", N)
+    for output in (
+        lambda model, batch: margin(model, batch).detach(),
+        lambda model, batch: torch.zeros(len(batch[1])),
+        torch.no_grad()(lambda model, batch: margin(model, batch)),
+    ):
+        with pytest.raises(
+            UsageError, match=r"<lambda> have no gradient with respect to any trainable weight of Unused"
+        ):
+            PerSampleGradients(zoo.make_model("unused"), output)(None, samples)
+    spare = PerSampleGradients(zoo.make_model("unused"), margin, parameters=lambda name, _: name.startswith("spare"))
+    assert torch.count_nonzero(spare(None, samples)[0]) == 0
+
+    def ignoring(model, batch):
+        return torch.where(batch[1] == 0, 0, margin(model, batch))
+
+    rows, _ = PerSampleGradients(zoo.make_model("unused"), ignoring)(None, (samples[0], torch.zeros_like(samples[1])))
+    assert torch.count_nonzero(rows) == 0
+
+
+class Lookup(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(self.table(ids).sum(dim=1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparse": True}, r"layer 'table' with sparse=True gives sparse gradients.*Set sparse of the layer to False"),
+        (
+            {"max_norm": 0.5},
+            r"layer 'table' with max_norm=0\.5 rescales its weights.*set max_norm of the layer to None",
+        ),
+    ],
+)
+def test_embeddings_that_vmap_cannot_serve_are_named(options, message):
+    batch = torch.randint(0, 9, (5, 4)), torch.randint(0, 3, (5,))
+    with pytest.raises(UsageError, match=message) as caught:
+        PerSampleGradients(Lookup(**options), margin)(None, batch)
+    assert "mask" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [lambda value: value.item(), lambda value: value.tolist(), bool])
+def test_an_output_that_reads_values_is_refused_in_clear_words(read):
+    def output(model, batch):
+        return margin(model, batch) * (1 + read(batch[0].max()))
+
+    with pytest.raises(UsageError, match=r"MLP or its output looks at the values of a tensor \(\.item\(\)"):
+        PerSampleGradients(zoo.make_model("mlp"), output)(None, zoo.make_samples("mlp", N))
+
+
 def test_bad_arguments_are_refused():
     model = zoo.make_model("mlp")
     samples = zoo.make_samples("mlp", 4)

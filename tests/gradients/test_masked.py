@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grass_lib.errors import GrassError, UsageError
-from grass_lib.gradients import MaskedGradients, PerSampleGradients, margin
+from grass_lib.gradients import MaskedGradients, PerSampleGradients, cross_entropy, margin
 from grass_lib.gradients import pairs as pairs_module
 from grass_lib.gradients.coordinates import split_coordinates
+from grass_lib.gradients.masked_pass import groups_apart
 from grass_lib.gradients.pairs import Pairs
 
 N = 6
@@ -292,6 +293,123 @@ def test_samples_that_influence_each_other_get_the_gradients_of_batches_of_one(w
     torch.testing.assert_close(rows, full[:, indices], atol=1e-12, rtol=0)
     assert set(gradients.routes.values()) == {"general"}
     assert "samples of a batch influence each other" in caplog.text
+
+
+class Behind(nn.Module):
+    """Samples influence each other behind a layer."""
+
+    def __init__(self, mix) -> None:
+        super().__init__()
+        self.hidden, self.head, self.mix = nn.Linear(6, 5), nn.Linear(5, 3), mix
+
+    def forward(self, x):
+        return self.head(self.mix(self.hidden(x)))
+
+
+MIXES = {
+    "first": lambda h: h - h[:1].tanh() / 2,
+    "last": lambda h: h - torch.cat([h[:1], (h[1:] + h[-1:].tanh())]),
+    "before": lambda h: h.cumsum(dim=0),
+    "neighbours": lambda h: h + torch.cat([h[:1] * 0, h[:-1].tanh()]),
+    "largest": lambda h: h / h.abs().max(),
+    "moments": lambda h: nn.functional.batch_norm(torch.stack([h, h.square()], dim=2), None, None, training=True)[
+        ..., 0
+    ],
+}
+
+
+@pytest.mark.parametrize("ignored", [(), (0,), (0, 1, 2, 4), range(6)])
+@pytest.mark.parametrize("mix", sorted(MIXES))
+def test_samples_that_mix_are_found_whichever_of_them_has_a_gradient(mix, ignored):
+    torch.manual_seed(0)
+    model, (x, y) = Behind(MIXES[mix]).double(), zoo.make_samples("mlp", N, dtype=torch.float64)
+    gradients = MaskedGradients(model, cross_entropy, torch.arange(53), dtype=torch.float64)
+    labels = y.clone()
+    labels[list(ignored)] = -100
+    for batch in ((x, labels), (x.flip(0), y)):
+        rows, _ = gradients(None, batch)
+        full, _ = PerSampleGradients(model, cross_entropy, dtype=torch.float64)(None, batch)
+        torch.testing.assert_close(rows, full, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (2, 2), (3, 3), (6, 4), (7, 5), (20, 6), (70, 8), (71, 9)])
+def test_groups_keep_every_two_samples_apart(n, count):
+    groups = groups_apart(n)
+    assert groups.shape == (count, n)
+    assert bool(groups.any(dim=1).all())
+    apart = (groups[:, :, None] & ~groups[:, None, :]).any(dim=0)
+    assert bool((apart | torch.eye(n, dtype=torch.bool)).all())
+
+
+def test_a_batch_is_checked_until_two_samples_have_a_gradient(monkeypatch):
+    checks, gradients = [], MaskedGradients(zoo.make_model("mlp"), cross_entropy, torch.arange(53))
+    run = gradients._pass
+
+    def noting(*args, check):
+        checks.append(check)
+        return run(*args, check=check)
+
+    monkeypatch.setattr(gradients, "_pass", noting)
+    x, y = zoo.make_samples("mlp", N)
+    for alive in (0, 1, 2, 2):
+        gradients(None, (x, torch.where(torch.arange(N) < alive, y, -100)))
+    assert checks == [True, True, True, False]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8))])
+def test_an_activation_may_work_in_place_behind_a_layer_over_tokens(layer):
+    model = nn.Sequential(layer, nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Sigmoid(), nn.Flatten(1), nn.Linear(32, 3))
+    x = torch.randn(N, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    agrees(model, (x,))
+    model.double()
+    gradients = MaskedGradients(model, squares, torch.arange(50), dtype=torch.float64)
+    first, _ = gradients(None, (x,))
+    assert torch.equal(gradients(None, (x,))[0], first)  # without the checks of the first batch
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+@pytest.mark.parametrize("model", [zoo.make_model("unused"), Odd()])
+def test_values_without_a_gradient_are_refused(model, share):
+    p = sum(value.numel() for value in model.parameters())
+    samples = (torch.randn(N, 6), torch.zeros(N, dtype=torch.int64))
+    gradients = MaskedGradients(
+        model, lambda used, batch: margin(used, batch).detach(), some(p, max(1, int(share * p)))
+    )
+    with pytest.raises(UsageError, match="no gradient with respect to any trainable weight"):
+        gradients(None, samples)
+
+
+def test_weights_without_a_gradient_give_zeros():
+    model, samples = zoo.make_model("unused"), zoo.make_samples("unused", N)
+    p = sum(value.numel() for value in model.parameters())
+    for _ in range(2):
+        assert torch.count_nonzero(MaskedGradients(model, margin, torch.arange(p - 6, p))(None, samples)[0]) == 0
+    rows, _ = MaskedGradients(model, cross_entropy, torch.arange(p))(None, (samples[0], torch.full((N,), -100)))
+    assert torch.count_nonzero(rows) == 0
+
+
+def test_messages_do_not_advise_the_mask_that_there_is():
+    def reading(used, batch):
+        return squares(used, batch) * batch[0].max().item()
+
+    gradients = MaskedGradients(Odd(), reading, torch.arange(6))
+    with pytest.raises(UsageError, match=r"Odd or its output looks at the values of a tensor") as caught:
+        gradients(None, (torch.randn(N, 6),))
+    assert "random_mask" not in str(caught.value)
+
+
+def test_an_output_of_another_shape_is_refused_without_a_warning_or_served_with_one(caplog):
+    samples = zoo.make_samples("mlp", N)
+    with caplog.at_level(logging.WARNING, logger="grass_lib"):
+        for output in (lambda *given: margin(*given).mean(), lambda *given: margin(*given)[:, None]):
+            with pytest.raises(UsageError, match="one value per sample"):
+                MaskedGradients(zoo.make_model("mlp"), output, some(50, 10))(None, samples)
+        assert not caplog.records
+        averaged = MaskedGradients(zoo.make_model("mlp"), lambda *given: margin(*given).mean()[None], some(50, 10))
+        rows, _ = averaged(None, samples)
+    assert "the output has not one value each" in caplog.text
+    full, _ = PerSampleGradients(zoo.make_model("mlp"), margin)(None, samples)
+    torch.testing.assert_close(rows, full[:, some(50, 10)], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 100])

@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 from grass_lib.errors import GrassError
-from grass_lib.gradients import MaskedGradients, PerSampleGradients, margin, masked_graph
+from grass_lib.gradients import MaskedGradients, PerSampleGradients, cross_entropy, margin, masked_graph
 from grass_lib.gradients.masked_graph import Recordings, Shared, StaticState
 from grass_lib.gradients.masked_pass import RowWriter
 from grass_lib.gradients.state import ModelState, copy_onto
@@ -153,6 +153,15 @@ def test_a_batch_of_one_waits_for_the_checks_of_a_larger_one():
     for batch in (one, several, several, one, one, several):
         close(gradients(None, batch)[0], rows_of(model, batch, indices))
     assert (graphs.recorded, graphs.replayed) == (2, 4)
+
+
+def test_batches_without_gradients_wait_for_the_checks_of_another_one():
+    model, graphs, indices = zoo.make_model("image"), Graphs(), some(200, 50)
+    gradients = recording(model, cross_entropy, indices, graphs)
+    x, y = zoo.make_samples("image", 5)
+    for labels, replayed in ((y * 0 - 100, 0), (y * 0 - 100, 0), (y, 0), (y, 1), (y, 2)):
+        close(gradients(None, (x, labels))[0], rows_of(model, (x, labels), indices, cross_entropy))
+        assert graphs.replayed == replayed
 
 
 def test_other_coordinates_have_recordings_of_their_own():
