@@ -100,9 +100,7 @@ class CompiledBlocks:
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
         for name, capture in captures.items():
-            known = names[
-                id(modules[name])
-            ]  # a layer may be reached under several names, and has to be replaced at all
+            known = names[id(modules[name])]  # a layer with several names has to be replaced at all of them
             inside = any(one.startswith(f"{path}.") for one in known)
             if inside and capture.shape.kind in ("linear", "conv1d"):
                 self._layers[name] = CapturedLayer(modules[name], capture)

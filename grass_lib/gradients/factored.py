@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class FactoredGradients:
 
     Samples must not influence each other: the model runs in evaluation mode, and every layer must have samples on
     dimension 0. Afterwards the model is as it was found, also after an exception, but for buffers that its own forward
-    pass changes. A layer whose class has a forward of its own is compared with its kind at the first batch.
+    pass changes. A layer whose class has a forward of its own is compared with its kind at the first batch. What is
+    looked up once for all samples is not told from samples where it has as many rows as the batch.
 
     Stage 1 of the layer ``name`` takes its numbers from the random streams ``name/output`` and ``name/input``, stage 2
     from ``name``. Norms have no input side to shorten: weight and bias stay beside each other. A mask that asks for as
@@ -140,7 +142,8 @@ class FactoredGradients:
         )
         for name, shape in shapes.items():
             out, into = maps.side(name, "output", shape), maps.side(name, "input", shape)
-            self._captures[name] = LayerCapture(name, shape, out, into, modules[name].weight.dtype)
+            weight: Any = modules[name].weight
+            self._captures[name] = LayerCapture(name, shape, out, into, weight.dtype)
             self._stage2s[name] = maps.stage2(name, self._captures[name].size)
         maps.check_all_used()
         self.layers: dict[str, LayerShape] = shapes

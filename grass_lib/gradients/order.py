@@ -47,8 +47,8 @@ def check_order(loader: Iterable[Batch], *, every_sample: bool = True, shared: b
     plain = isinstance(loader, list | tuple) and len(loader) > 0 and all(isinstance(part, Tensor) for part in loader)
     if plain or isinstance(loader, Tensor | Mapping):
         raise UsageError(
-            f"the loader is a {type(loader).__name__} of tensors, a batch itself; expected what yields batches, such as "
-            "a DataLoader or a list of batches"
+            f"the loader is a {type(loader).__name__}, a batch itself; expected what yields batches: a DataLoader, "
+            "or a list of batches"
         )
     batches = getattr(loader, "batch_sampler", None)
     for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):

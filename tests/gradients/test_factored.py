@@ -555,5 +555,5 @@ def test_weights_that_are_left_out_frozen_or_derived_are_named(caplog, layers):
 
 def test_inference_mode_is_refused():
     model, batch, loss = case("mlp")
-    with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode.*outside of it"):
+    with torch.inference_mode(), pytest.raises(UsageError, match=r"inference_mode.*outside of it"):
         FactoredGradients(model, loss)(batch)
