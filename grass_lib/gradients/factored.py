@@ -42,8 +42,8 @@ class FactoredGradients:
 
     Samples must not influence each other: the model runs in evaluation mode, and every layer must have samples on
     dimension 0. Afterwards the model is as it was found, also after an exception, but for buffers that its own forward
-    pass changes. A layer whose class has a forward of its own is compared with its kind at the first batch. What is
-    looked up once for all samples is not told from samples where it has as many rows as the batch.
+    pass changes. Before the first batch a pass over one sample looks at the layers: all must have samples on dimension
+    0, and one whose class has a forward of its own is compared with its kind.
 
     Stage 1 of the layer ``name`` takes its numbers from the random streams ``name/output`` and ``name/input``, stage 2
     from ``name``. Norms have no input side to shorten: weight and bias stay beside each other. A mask that asks for as

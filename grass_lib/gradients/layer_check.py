@@ -1,9 +1,10 @@
-"""Layers with a forward pass of their own: whether their weights' gradients are those of their kind."""
+"""What is looked at once, before layers are captured: samples on dimension 0, and gradients that are of their kind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from torch.utils._pytree import tree_map
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import first_input
+from grass_lib.gradients.full import batch_slice
 from grass_lib.gradients.inputs import moments
 from grass_lib.gradients.layers import LayerShape
+from grass_lib.gradients.outputs import Batch
+
+logger = logging.getLogger(__name__)
 
 _FORWARDS = {
     "linear": nn.Linear.forward,
@@ -42,37 +47,84 @@ def has_own_forward(module: nn.Module, kind: str) -> bool:
     return forward is not _FORWARDS[kind]
 
 
-@contextmanager
-def layers_checked(layers: Mapping[str, tuple[nn.Module, LayerShape]]) -> Iterator[None]:
-    """Compares layers with their kinds when they are called first within the block.
+class LayerChecks:
+    """Looks at captured layers by a pass over one sample.
 
-    A layer may scale what it looks up, or normalise another dimension: then its weight's gradient is not the sum over
-    tokens that a capture takes. Both are differentiated by PyTorch here, against the same random numbers.
-
-    Args:
-        layers: Layers and their shapes, by name.
-
-    Raises:
-        UsageError: A layer's gradient is another one; raised by the pass that calls it.
+    A layer may have something else than samples on dimension 0, such as tokens or a table that is looked up once for
+    all samples: where a batch has as many samples, only another batch shows it. And a layer whose class has a forward
+    of its own may scale what it looks up, or normalise another dimension: then its weight's gradient is not the sum
+    over tokens that a capture takes. Both are differentiated by PyTorch here, against the same random numbers.
     """
-    left = dict(layers)
 
-    def watching(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name in left:
-                problem = _difference(module, left.pop(name)[1], args, kwargs)
-                if problem:
-                    raise UsageError(
-                        f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of "
-                        "layers="
+    def __init__(self, layers: Mapping[str, tuple[nn.Module, LayerShape]]) -> None:
+        """Remembers the layers.
+
+        Args:
+            layers: Layers and their shapes, by name.
+        """
+        self._layers = layers
+        self._own = {name for name, (module, shape) in layers.items() if has_own_forward(module, shape.kind)}
+        self._sized = False
+
+    def __call__(self, evaluate: Callable[[Batch], Any], samples: Batch, n: int) -> None:
+        """Looks at what has not been looked at.
+
+        Args:
+            evaluate: Runs the pass.
+            samples: A batch.
+            n: Its size; of one sample alone nobody can tell what dimension 0 has.
+
+        Raises:
+            UsageError: A layer cannot be captured.
+        """
+        if (self._sized or n < 2) and not self._own:
+            return
+        self._sized = self._sized or n > 1
+        try:
+            self._look(evaluate, batch_slice(samples, 0, 1), sized=True)
+        except UsageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it comes once more where it is the pass's own
+            logger.debug("one sample alone cannot be evaluated: %s", error)
+            self._look(evaluate, samples, sized=False)
+        self._own = set[str]()
+
+    def _look(self, evaluate: Callable[[Batch], Any], samples: Batch, *, sized: bool) -> None:
+        left = set(self._own)
+
+        def before(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if name in left:
+                    left.remove(name)
+                    problem = _difference(module, self._layers[name][1], args, kwargs)
+                    if problem:
+                        raise _refused(name, module, problem)
+
+            return hook
+
+        def after(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+                if sized and isinstance(y, Tensor) and y.shape[:1] != (1,):
+                    raise _refused(
+                        name,
+                        module,
+                        f"its output has shape {tuple(y.shape)} for one sample; expected samples on dimension 0",
                     )
 
-        return hook
+            return hook
 
-    with ExitStack() as stack:
-        for name, (module, _) in layers.items():
-            stack.callback(module.register_forward_pre_hook(watching(name), with_kwargs=True).remove)
-        yield
+        with torch.no_grad(), ExitStack() as stack:
+            for name, (module, _) in self._layers.items():
+                if name in left:
+                    stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
+            evaluate(samples)
+
+
+def _refused(name: str, module: nn.Module, problem: str) -> UsageError:
+    return UsageError(
+        f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of layers="
+    )
 
 
 def _difference(module: Any, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from grass_lib.gradients.column_chain import ColumnChain, Use, mark, reached
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head, values_only
-from grass_lib.gradients.layer_check import has_own_forward, layers_checked
+from grass_lib.gradients.layer_check import LayerChecks
 from grass_lib.gradients.meter import Meter
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
@@ -80,11 +80,7 @@ class CapturePass:
         """
         self.model, self.captures = model, captures
         self._modules = dict(model.named_modules())
-        self._unseen = {
-            name: (self._modules[name], capture.shape)
-            for name, capture in captures.items()
-            if has_own_forward(self._modules[name], capture.shape.kind)
-        }
+        self._checks = LayerChecks({name: (self._modules[name], capture.shape) for name, capture in captures.items()})
         self._blocks = CompiledBlocks(model, captures) if compile == "blocks" else None
         self._compiled: Any = compile_apart(_evaluate) if compile is True else _evaluate
         self._head = head
@@ -151,7 +147,7 @@ class CapturePass:
                 "gradients are asked for inside torch.inference_mode(), where PyTorch keeps nothing to differentiate; "
                 "expected a call outside of it (torch.no_grad() does no harm)"
             )
-        self._check_layers(output, samples)
+        self._check_layers(output, samples, n)
         # Expanded from one number: a probe has a shape and a gradient, but no memory.
         zero = self._zero(self._dtype)
         self._deferred, self._inputs = deferred or {}, {}
@@ -197,16 +193,8 @@ class CapturePass:
         finally:
             self._probes, self._deferred, self._inputs, self._chain = {}, {}, {}, None
 
-    def _check_layers(self, output: Output, samples: Batch) -> None:
-        """Looks once, by a pass of its own, at layers whose class has a forward of its own.
-
-        Raises:
-            UsageError: One does not compute what its kind does.
-        """
-        unseen, self._unseen = self._unseen, {}
-        if unseen:
-            with torch.no_grad(), layers_checked(unseen):
-                _evaluate(output, self.model, samples, None)
+    def _check_layers(self, output: Output, samples: Batch, n: int) -> None:
+        self._checks(lambda batch: _evaluate(output, self.model, batch, None), samples, n)
 
     def _head_tap(self, output: Output) -> HeadTap | None:
         """What an output that computes logits by itself gets, where the output layer is captured."""
@@ -230,7 +218,7 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        self._check_layers(output, samples)
+        self._check_layers(output, samples, n)
         if self._whole:
             try:
                 return self._seen(output, samples, n, linking=True)

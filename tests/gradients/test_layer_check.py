@@ -1,4 +1,4 @@
-"""Layers whose class has a forward of its own: taken where their gradient is that of their kind, refused elsewhere."""
+"""What is looked at before layers are captured: samples on dimension 0, and forward passes of a class's own."""
 
 import pytest
 import torch
@@ -145,3 +145,62 @@ def test_models_of_transformers_are_taken():
     rows, _ = FactoredGradients(model, causal_loss, layers="norm")({"input_ids": ids, "labels": ids})
     assert len(rows) == 5
     assert all(part.any() for part in rows.values())
+
+
+class Positions(nn.Module):
+    """As nanoGPT has them: looked up once for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(9, 8), nn.Embedding(N, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.tokens(ids) + self.places(torch.arange(ids.shape[1]))).mean(dim=1))
+
+
+class TokensFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(x.transpose(0, 1))).mean(dim=0))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("model", "x", "name"),
+    [(Positions(), torch.randint(0, 9, (N, N)), "places"), (TokensFirst(), torch.randn(N, N, 8), "hidden")],
+)
+def test_a_batch_with_as_many_samples_as_tokens_hides_nothing(model, x, name, compile):
+    with pytest.raises(UsageError, match=f"layer '{name}'.*for one sample; expected samples on dimension 0"):
+        FactoredGradients(model, cross_entropy, layers="all", compile=compile)((x, LABELS))
+    factored = FactoredGradients(model, cross_entropy, layers="head")
+    for n in (1, N):
+        rows, _ = factored((x[:n], LABELS[:n]))
+        assert rows["head"].any()
+
+
+def test_a_model_that_cannot_take_one_sample_is_taken():
+    class Crowd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = PlusOne(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            if len(x) < 2:
+                raise RuntimeError("too few")
+            return self.head(torch.tanh(self.layer(x)).mean(dim=1))
+
+    rows, _ = FactoredGradients(Crowd(), cross_entropy, layers="all")((TOKENS, LABELS))
+    assert rows["layer"].any()
+
+
+def test_what_was_looked_at_is_not_looked_at_again():
+    model = Scheme(PlusOne(8), 8)
+    calls = []
+    model.register_forward_hook(lambda module, args, y: calls.append(len(args[0])))
+    factored = FactoredGradients(model, cross_entropy, layers="all")
+    for n in (1, 1, N, N):
+        factored((TOKENS[:n], LABELS[:n]))
+    assert calls == [1, 1, 1, 1, N, N]  # the kind at the first batch, dimension 0 at the first of several samples
