@@ -43,9 +43,8 @@ class InfluenceFunction:
     A positive score means that training on the sample raises the query's target. With hessian "Identity" the matrix is
     left out.
 
-    Samples must lie on dimension 0 of every captured layer's output. A layer that takes the sequence first
-    (``batch_first=False``) cannot be told apart where the sequence is as long as the batch: its positions would be
-    taken as samples.
+    Samples must lie on dimension 0 of every captured layer's output. A pass over one sample looks at that first, and
+    refuses a layer that takes the sequence first (``batch_first=False``).
 
     A layer with fewer features than samples has its ``F_l`` decomposed, one with more the samples' Gram matrix; the
     scores are the same. One decomposition serves all damping values.
