@@ -120,7 +120,7 @@ class InfluenceFunction:
                 1e-7; that of ``"float32"`` is 3e-4, 5e-2 and more than 2.
             fingerprint: What else decides the rows, above all the data's hash; JSON values. Without it a store tells
                 training sets apart by their first samples, and by 64 from the first to the last one where the loader is
-                a list of batches or reads a data set in its order.
+                a list of batches, or reads a data set in its order without workers.
             source: What rebuilds the store.
             ranks: ``Ranks.joined()`` where several processes with the same arguments share the work and a store's
                 folder. Each caches the shards that leave its number, owns every world-th layer's curvature and scores

@@ -97,8 +97,9 @@ class CompiledBlocks:
         self._places: list[tuple[nn.Module, str, str]] = []
         self._layers: dict[str, CapturedLayer] = {}
         names: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            names.setdefault(id(module), []).append(name)
+        for parent, module in model.named_modules():
+            for child, inner in module._modules.items():
+                names.setdefault(id(inner), []).append(f"{parent}.{child}" if parent else child)
         for name, capture in captures.items():
             known = names[id(modules[name])]  # a layer with several names has to be replaced at all of them
             inside = any(one.startswith(f"{path}.") for one in known)

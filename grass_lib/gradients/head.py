@@ -124,6 +124,11 @@ def _parts(model: Any) -> tuple[Any, nn.Linear]:
             f"the {type(model).__name__} has no body and linear output layer that chunked_causal_loss could run one "
             "after the other; expected a causal language model of transformers, or use causal_loss"
         )
+    if type(layer).forward is not nn.Linear.forward:
+        raise UsageError(
+            f"the output layer of the {type(model).__name__} is a {type(layer).__name__} with a forward of its own, "
+            "which chunked_causal_loss leaves out; use causal_loss"
+        )
     if is_distributed(layer.weight):
         raise UsageError(
             f"the output layer of the {type(model).__name__} is sharded over ranks, and chunked_causal_loss needs it "

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.blocks import first_input
+from grass_lib.gradients.capture import NORMS
 from grass_lib.gradients.full import batch_slice
 from grass_lib.gradients.inputs import moments
 from grass_lib.gradients.layers import LayerShape
@@ -28,8 +29,8 @@ _FORWARDS = {
     "layernorm": nn.LayerNorm.forward,
     "rmsnorm": nn.RMSNorm.forward,
 }
-_NEAR = {torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Of the largest entry, by type of the weights; 1 % for wider ones."""
+_NEAR = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 0.01, torch.float64: 0.01}
+"""Of the largest entry, by type of the weights; those of other types are packed, and are not compared."""
 
 
 def has_own_forward(module: nn.Module, kind: str) -> bool:
@@ -64,7 +65,7 @@ class LayerChecks:
         """
         self._layers = layers
         self._own = {name for name, (module, shape) in layers.items() if has_own_forward(module, shape.kind)}
-        self._sized = False
+        self._looked = self._sized = False
 
     def __call__(self, evaluate: Callable[[Batch], Any], samples: Batch, n: int) -> None:
         """Looks at what has not been looked at.
@@ -77,9 +78,8 @@ class LayerChecks:
         Raises:
             UsageError: A layer cannot be captured.
         """
-        if (self._sized or n < 2) and not self._own:
+        if self._sized or (n < 2 and (self._looked or not self._own)):
             return
-        self._sized = self._sized or n > 1
         try:
             self._look(evaluate, batch_slice(samples, 0, 1), sized=True)
         except UsageError:
@@ -87,20 +87,29 @@ class LayerChecks:
         except Exception as error:  # noqa: BLE001 - whatever it is, it comes once more where it is the pass's own
             logger.debug("one sample alone cannot be evaluated: %s", error)
             self._look(evaluate, samples, sized=False)
-        self._own = set[str]()
+        self._looked, self._sized = True, n > 1
+
+    def see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares a layer with its kind where that has not been done, before it is called in any pass.
+
+        Args:
+            name: Of the layer.
+            args: Of the call.
+            kwargs: Of the call.
+
+        Raises:
+            UsageError: Its weight's gradient is another one.
+        """
+        if name in self._own:
+            module, shape = self._layers[name]
+            problem = _difference(module, shape, args, kwargs)
+            if problem:
+                raise _refused(name, module, problem)
+            self._own.remove(name)
 
     def _look(self, evaluate: Callable[[Batch], Any], samples: Batch, *, sized: bool) -> None:
-        left = set(self._own)
-
         def before(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if name in left:
-                    left.remove(name)
-                    problem = _difference(module, self._layers[name][1], args, kwargs)
-                    if problem:
-                        raise _refused(name, module, problem)
-
-            return hook
+            return lambda module, args, kwargs: self.see(name, args, kwargs)
 
         def after(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
@@ -115,7 +124,7 @@ class LayerChecks:
 
         with torch.no_grad(), ExitStack() as stack:
             for name, (module, _) in self._layers.items():
-                if name in left:
+                if name in self._own:
                     stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after(name)).remove)
             evaluate(samples)
@@ -128,10 +137,15 @@ def _refused(name: str, module: nn.Module, problem: str) -> UsageError:
 
 
 def _difference(module: Any, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """How a layer differs from its kind, empty where it does not or nobody can say."""
+    """How a layer differs from its kind, empty where it does not or nobody can say.
+
+    Nobody can where the weights are packed, somewhere else until the layer runs, or out of its gradient's reach.
+    """
     args, kwargs = tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, (args, kwargs))
     weights = [module.weight, *([module.bias] if shape.bias else [])]
-    if not all(weight.is_leaf and weight.is_floating_point() for weight in weights):
+    count = shape.d_out if shape.kind in NORMS else shape.d_out * (shape.d_in - shape.bias)
+    plain = all(weight.is_leaf and weight.dtype in _NEAR and not weight.is_meta for weight in weights)
+    if not plain or weights[0].numel() != count or torch.is_inference_mode_enabled():
         return ""
     flags = [weight.requires_grad for weight in weights]
     try:
@@ -142,18 +156,22 @@ def _difference(module: Any, shape: LayerShape, args: tuple[Any, ...], kwargs: d
             if not isinstance(y, Tensor):
                 return f"it returns a {type(y).__name__}, and a tensor was expected"
             generator = torch.Generator(y.device).manual_seed(0)
-            given = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
-            own = torch.autograd.grad(y, weights, given, allow_unused=True) if y.requires_grad else [None]
+            given = torch.randn(y.shape, generator=generator, device=y.device)
+            given = (given / max(1, y.numel() // shape.d_out) ** 0.5).to(y.dtype)
+            # A copy for each: a backward pass may work in place.
+            own = torch.autograd.grad(y, weights, given.clone(), allow_unused=True) if y.requires_grad else [None]
+            if module.weight is not weights[0]:
+                return ""
             try:
-                plain = _of_kind(module, shape, first_input(args, kwargs))
-                alike = plain.shape == y.shape
-                usual = torch.autograd.grad(plain, weights, given) if alike else []
+                usual_y = _of_kind(module, shape, first_input(args, kwargs))
+                alike = usual_y.shape == y.shape
+                usual = torch.autograd.grad(usual_y, weights, given.clone()) if alike else []
             except (RuntimeError, IndexError, TypeError):  # it is not even called as its kind is
                 alike, usual = False, []
     finally:
         for weight, flag in zip(weights, flags, strict=True):
             weight.requires_grad_(flag)
-    if alike and all(one is not None and _near(one, other) for one, other in zip(own, usual, strict=False)):
+    if alike and all(one is None or _near(one, other) for one, other in zip(own, usual, strict=False)):
         return ""
     return (
         f"its class has a forward of its own, with which the gradient of its weight is not that of a {shape.kind} layer"
@@ -161,9 +179,11 @@ def _difference(module: Any, shape: LayerShape, args: tuple[Any, ...], kwargs: d
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
-    one, other = (part.to_dense() if part.is_sparse else part for part in (one, other))
-    error, largest = (one - other).abs().max(), other.abs().max()
-    return bool(error <= _NEAR.get(one.dtype, 0.01) * largest)
+    within = _NEAR[one.dtype]
+    one, other = ((part.to_dense() if part.is_sparse else part).double() for part in (one, other))
+    finite = one.isfinite() & other.isfinite()  # samples may be damaged, which is not the layer's fault
+    one, other = one.where(finite, 0.0), other.where(finite, 0.0)
+    return bool((one - other).abs().max() <= within * other.abs().max())
 
 
 def _of_kind(module: Any, shape: LayerShape, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from grass_lib.errors import UsageError
 from grass_lib.words import few
@@ -61,7 +61,7 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
     seen: set[int] = set()
     for name, module in model.named_modules():
         weights = next(module.parameters(recurse=False), None) is not None or is_parametrized(module)
-        if id(module) in seen or not weights:
+        if id(module) in seen or not weights or isinstance(module, ParametrizationList):
             continue
         seen.add(id(module))
         shape, problem = describe(module)
@@ -107,7 +107,7 @@ def doubts(model: nn.Module, found: Iterable[str], layers: LayerChoice) -> list[
         for names in shared
     ]
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    derived = [name for name in chosen if is_parametrized(modules[name])]
+    derived = [name for name in found if is_parametrized(modules[name])]
     own = {id(getattr(modules[name], key, None)) for name in chosen for key in ("weight", "bias")}
     head = output_layer(model)
     left = [
@@ -146,7 +146,11 @@ def describe(module: Any) -> tuple[LayerShape | None, str]:
     if isinstance(module, nn.Linear):
         bias = module.bias is not None
         return LayerShape("linear", module.out_features, module.in_features + bias, bias), ""
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2:
+    if (
+        type(module).__name__.removeprefix("Parametrized") == "Conv1D"
+        and hasattr(module, "nf")
+        and module.weight.dim() == 2
+    ):
         d_in, d_out = module.weight.shape
         bias = getattr(module, "bias", None) is not None
         return LayerShape("conv1d", d_out, d_in + bias, bias), ""

@@ -226,8 +226,10 @@ class MaskedGradients:
             if done:
                 self._history.weights.update(self._layers)
                 self._history.samples.update(self._layers if n > 1 and found.checked else ())
-                if all(gradient is None for gradient in found.gradients.values()):
+                answered = any(gradient is not None for gradient in found.gradients.values())
+                if not (answered or self._history.answered):
                     refuse_detached(self.model, self.output, state, samples)
+                self._history.answered |= answered
             else:
                 odd = not (found.problems or found.mixed)
                 self._demote(found)
@@ -327,7 +329,7 @@ class _History:
     """What was found out about a model so far, and how often it was run."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls, self.answered = 0, False  # whether any weight has had a gradient
         self.general: set[str] = set()
         # Layers whose weights are used in their calls alone, and layers in which samples were seen not to mix.
         self.weights: set[str] = set()

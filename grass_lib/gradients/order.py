@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 SPREAD = 64
 """Samples of a training set that stand for all of it."""
 _SIZE = " of "
+_Reader: TypeAlias = Callable[[int], tuple[Batch, int]]
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -91,50 +95,72 @@ def sample_sha256(batch: Batch, place: int = 0) -> str:
             size = max(map(len, rows.values()))
         digest.update(f"{name} {sample.dtype} {tuple(sample.shape)}\n".encode())
         digest.update(sample.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return _with_size(digest.hexdigest(), size)
+    return digest.hexdigest() + (f"{_SIZE}{size}" if size else "")
 
 
 def spread_sha256(loader: Iterable[Batch]) -> str:
     """SHA-256 of 64 samples from the first to the last one, read at their places beside the loader's own walk.
 
+    Random numbers are drawn from where they were before.
+
     Args:
-        loader: A list of batches, or a ``DataLoader`` in the order of its data set.
+        loader: A list of batches, or a ``DataLoader`` without workers in the order of its data set.
 
     Returns:
-        As `sample_sha256`; empty where samples cannot be read at their places.
+        64 hexadecimal digits, and behind them how they were read (of a list, also the shapes, since batches may be
+        padded otherwise); empty where samples cannot be read at their places, or are others at the next reading.
     """
+    loader = loader.loader if isinstance(loader, WatchedLoader) else loader
+    listed = type(loader) in (list, tuple)  # what a class of its own yields may be something else
+    state, random_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
-        found = [sample_sha256(*at) for at in _spread(loader.loader if isinstance(loader, WatchedLoader) else loader)]
-    except Exception:  # a data set may be made for its loader's workers only, or for one walk
+        read = _reader_of_list(loader) if listed else _reader_of_loader(loader)
+        if read is None:
+            return ""
+        count, at = read
+        places = _places(count)
+        found = [sample_sha256(*at(place)) for place in places]
+        again = [sample_sha256(*at(place)) for place in places[:: max(1, SPREAD // 4)]]
+        shapes = [[tuple(value.shape[1:]) for value in _tensors(at(place)[0])] for place in places] if listed else []
+    except Exception:  # a data set may be made for one walk only
         logger.debug("samples could not be read at their places", exc_info=True)
         return ""
-    if not found:
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(random_state)
+        np.random.set_state(numpy_state)
+    if not found or found[:: max(1, SPREAD // 4)] != again:
         return ""
-    parts = [one.partition(_SIZE) for one in found]
-    digest = hashlib.sha256("".join(digest for digest, *_ in parts).encode())
-    return _with_size(digest.hexdigest(), sum(int(size or 0) for *_, size in parts))
+    digest = hashlib.sha256("".join(one.partition(_SIZE)[0] for one in found).encode())
+    how = f"batches {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}" if listed else "samples"
+    return f"{digest.hexdigest()}{_SIZE}{how}"
 
 
-def _with_size(digest: str, size: int) -> str:
-    return digest + (f"{_SIZE}{size}" if size else "")
+def _reader_of_list(batches: Any) -> tuple[int, _Reader]:
+    """Number of samples, and what gives a sample's batch and its place there."""
+    ends = list(accumulate(batch_size(batch) for batch in batches))
+
+    def at(place: int) -> tuple[Batch, int]:
+        number = bisect.bisect_right(ends, place)
+        return batches[number], place - (ends[number - 1] if number else 0)
+
+    return ends[-1] if ends else 0, at
 
 
-def _spread(loader: Any) -> Iterator[tuple[Batch, int]]:
-    """Batches and the places of samples in them."""
-    if type(loader) in (list, tuple):  # what a class of its own yields may be something else
-        ends = list(accumulate(batch_size(batch) for batch in loader))
-        for place in _places(ends[-1] if ends else 0):
-            number = next(number for number, end in enumerate(ends) if place < end)
-            yield loader[number], place - ends[number] + batch_size(loader[number])
-    elif (
-        isinstance(loader, DataLoader)
-        and type(loader.batch_sampler) is BatchSampler
-        and type(loader.batch_sampler.sampler) is SequentialSampler
-        and not isinstance(loader.dataset, IterableDataset)
-    ):
-        for place in _places(len(loader.dataset)):  # pyright: ignore[reportArgumentType]
-            batch: Any = loader.collate_fn([loader.dataset[place]])
-            yield batch, 0
+def _reader_of_loader(loader: Any) -> tuple[int, _Reader] | None:
+    """As `_reader_of_list`; None where samples have no places, or are read by workers: files opened here are theirs."""
+    if not isinstance(loader, DataLoader) or loader.num_workers or isinstance(loader.dataset, IterableDataset):
+        return None
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler or type(batches.sampler) is not SequentialSampler:
+        return None
+    data, collate = cast("Any", loader.dataset), cast("Any", loader.collate_fn)
+    return len(data), lambda place: (collate([data[place]]), 0)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    parts = [batch[name] for name in sorted(batch)] if isinstance(batch, Mapping) else list(batch)
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _places(count: int) -> list[int]:

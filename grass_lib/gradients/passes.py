@@ -293,6 +293,8 @@ class CapturePass:
     def _before(self, capture: LayerCapture) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.name in self._probes:
+                if not torch.compiler.is_compiling():
+                    self._checks.see(capture.name, args, kwargs)
                 x = first_input(args, kwargs)
                 chain = self._chain
                 if chain is not None and chain.takes(capture.name):

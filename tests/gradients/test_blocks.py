@@ -189,3 +189,11 @@ def test_a_layer_with_several_names_counts_wherever_it_is_used(graphs, alias, co
     found, _ = FactoredGradients(model, cross_entropy, compile="blocks", **compressed)(batch)
     same(found, plain)
     assert all(type(module) is not CapturedLayer for module in model.modules())
+
+
+def test_modules_that_know_their_model_are_taken(graphs):
+    model, batch = OfShared("after"), (torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    wanted, _ = FactoredGradients(model, cross_entropy)(batch)
+    model.blocks[0].parent = model
+    found, _ = FactoredGradients(model, cross_entropy, compile="blocks")(batch)
+    same(found, wanted)

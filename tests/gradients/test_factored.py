@@ -535,7 +535,7 @@ class Adapter(nn.Linear):
         return super().forward(x) + x @ self.A.mT @ self.A
 
 
-@pytest.mark.parametrize("layers", ["linear", "all"])
+@pytest.mark.parametrize("layers", ["linear", "all", "*"])
 def test_weights_that_are_left_out_frozen_or_derived_are_named(caplog, layers):
     derived = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6, bias=False))
     model = nn.Sequential(Adapter(6), derived, nn.Linear(6, 3))

@@ -79,12 +79,59 @@ class Adapted(nn.Linear):
         return functional.linear(x, self.weight, self.bias) + x @ self.A.mT @ self.B.mT
 
 
+class InPlace(torch.autograd.Function):
+    """A product with a weight whose backward pass puts its result where the gradient was."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (x, weight), (delta,) = ctx.saved_tensors, gradients
+        found = (delta * x).sum(dim=tuple(range(x.dim() - 1)))
+        return delta.mul_(weight), found
+
+
+class WritingRMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(width)), 1e-5
+
+    def forward(self, x):
+        return InPlace.apply(x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps), self.weight)
+
+
+class Packed(nn.Linear):
+    """As weights of four bits are kept: other numbers in another shape, made to weights when the layer runs."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.real = self.weight.detach().clone()
+        self.weight = nn.Parameter(torch.zeros(d_in * d_out // 4, 1))
+
+    def forward(self, x):
+        return functional.linear(x, self.real, self.bias)
+
+
+class Elsewhere(nn.Linear):
+    """As weights on another device are: there while the layer runs."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.real, self.weight = self.weight, nn.Parameter(self.weight.detach().to("meta"))
+
+    def forward(self, x):
+        return functional.linear(x, self.real, self.bias)
+
+
 class Scheme(nn.Module):
     """A layer and a head on the mean over everything between samples and features."""
 
     def __init__(self, layer, width):
         super().__init__()
-        self.layer, self.head = layer, nn.Linear(width, 3)
+        self.head, self.layer = nn.Linear(width, 3), layer
 
     def forward(self, x):
         y = self.layer(x)
@@ -111,8 +158,9 @@ OTHERS = [
 @pytest.mark.parametrize(("layer", "width", "x"), OTHERS, ids=lambda part: type(part).__name__)
 def test_layers_that_compute_something_else_are_refused(layer, width, x, compile):
     factored = FactoredGradients(Scheme(layer, width), cross_entropy, layers="all", compile=compile)
-    with pytest.raises(UsageError, match=rf"layer 'layer' \({type(layer).__name__}\) cannot be captured.*layers="):
-        factored((x, LABELS))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=rf"layer 'layer' \({type(layer).__name__}\) cannot be captured.*layers="):
+            factored((x, LABELS))
     assert all(not module._forward_pre_hooks for module in factored.model.modules())
     assert all(parameter.requires_grad for parameter in factored.model.parameters())
     rows, _ = FactoredGradients(factored.model, cross_entropy, layers="head")((x, LABELS))
@@ -132,6 +180,46 @@ def test_layers_that_differ_in_nothing_that_counts_are_taken(layer, width, dtype
         weight, bias = torch.autograd.grad(value, [wide.layer.weight, wide.layer.bias])
         one = torch.cat([weight.reshape(len(weight), -1), bias[:, None]], dim=1).flatten()
         assert (rows["layer"][i].double() - one).norm() < (1e-5 if dtype == torch.float32 else 0.1) * one.norm()
+
+
+@pytest.mark.parametrize("layer", [WritingRMSNorm(8), Packed(8, 6), Elsewhere(8, 6)])
+def test_layers_of_which_nobody_can_tell_are_taken(layer):
+    width = 8 if isinstance(layer, WritingRMSNorm) else 6
+    rows, _ = FactoredGradients(Scheme(layer, width), cross_entropy, layers="layer")((TOKENS, LABELS))
+    assert rows["layer"].any()
+
+
+def test_a_damaged_sample_is_not_the_layers_fault():
+    for bad in (float("nan"), float("inf")):
+        x = TOKENS.clone()
+        x[0, 0, 0] = bad
+        rows, _ = FactoredGradients(Scheme(PlusOne(8), 8), cross_entropy, layers="layer")((x, LABELS))
+        assert not rows["layer"][0].isfinite().all()
+        assert rows["layer"][1:].isfinite().all()
+
+
+def test_a_layer_that_is_called_later_is_looked_at_then():
+    class Sometimes(Scheme):
+        def forward(self, x):
+            return super().forward(x) if x[0, 0, 0] > 0 else self.head(x[:, 0, :6])
+
+    factored = FactoredGradients(Sometimes(Tripled(8, 6), 6), cross_entropy, layers="linear")
+    factored((-TOKENS.abs(), LABELS))
+    with pytest.raises(UsageError, match=r"layer 'layer' \(Tripled\) cannot be captured"):
+        factored((TOKENS.abs(), LABELS))
+
+
+def test_an_output_layer_of_its_own_kind_is_refused_by_the_chunked_loss():
+    from tiny_llama import make_batch, make_llama
+
+    from grass_lib.gradients import chunked_causal_loss
+
+    model = make_llama()
+    head = Tripled(model.lm_head.in_features, model.lm_head.out_features)
+    head.bias = None
+    model.lm_head = head
+    with pytest.raises(UsageError, match="Tripled with a forward of its own, which chunked_causal_loss leaves out"):
+        FactoredGradients(model, chunked_causal_loss, layers="linear")(make_batch())
 
 
 def test_models_of_transformers_are_taken():
@@ -173,8 +261,10 @@ class TokensFirst(nn.Module):
     [(Positions(), torch.randint(0, 9, (N, N)), "places"), (TokensFirst(), torch.randn(N, N, 8), "hidden")],
 )
 def test_a_batch_with_as_many_samples_as_tokens_hides_nothing(model, x, name, compile):
-    with pytest.raises(UsageError, match=f"layer '{name}'.*for one sample; expected samples on dimension 0"):
-        FactoredGradients(model, cross_entropy, layers="all", compile=compile)((x, LABELS))
+    factored = FactoredGradients(model, cross_entropy, layers="all", compile=compile)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=f"layer '{name}'.*for one sample; expected samples on dimension 0"):
+            factored((x, LABELS))
     factored = FactoredGradients(model, cross_entropy, layers="head")
     for n in (1, N):
         rows, _ = factored((x[:n], LABELS[:n]))

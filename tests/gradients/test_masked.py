@@ -596,3 +596,18 @@ def test_no_tensor_is_as_large_as_the_full_gradients(monkeypatch):
     activations = 4 * n * 48 * 10 * 10  # the padded input of the second layer would be the largest
     assert ours.bytes <= activations
     assert 20 * ours.bytes < theirs.bytes
+
+
+def test_a_later_batch_without_labels_gives_zeros():
+    model = nn.Linear(4, 3)
+
+    def loss(model, batch):
+        x, y = batch
+        return cross_entropy(model, batch) if bool((y >= 0).all()) else torch.zeros(len(x))
+
+    masked = MaskedGradients(model, loss, torch.arange(5))
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert masked(None, (x, y))[0].any()
+    assert not masked(None, (x, -y - 1))[0].any()
+    with pytest.raises(UsageError, match="no gradient"):
+        MaskedGradients(model, loss, torch.arange(5))(None, (x, -y - 1))

@@ -1,5 +1,8 @@
 """Loaders whose order changes are refused, whoever shuffles; the first sample tells data sets apart."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -106,14 +109,16 @@ def test_samples_from_the_first_to_the_last_tell_data_sets_apart():
     def found(x, y, size):
         data = TensorDataset(x, y)
         batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
-        one, other = spread_sha256(DataLoader(data, batch_size=size)), spread_sha256(batches)
-        assert one == other == spread_sha256(WatchedLoader(batches))
-        return one
+        assert spread_sha256(batches) == spread_sha256(WatchedLoader(batches))
+        return spread_sha256(DataLoader(data, batch_size=size)), spread_sha256(batches)
 
     known = found(x, y, 16)
     assert known == found(x, y, 7)  # however they are cut into batches
-    noticed = sum(found(x, torch.where(torch.arange(1000) == place, 8, y), 16) != known for place in range(0, 1000, 9))
-    assert noticed == len({round(step * 999 / (SPREAD - 1)) for step in range(SPREAD)} & set(range(0, 1000, 9)))
+    assert may_be_same(*known)  # which of them is padded is not known
+    places = {round(step * 999 / (SPREAD - 1)) for step in range(SPREAD)}
+    for place in range(0, 1000, 9):
+        others = found(x, torch.where(torch.arange(1000) == place, 8, y), 16)
+        assert [not may_be_same(*pair) for pair in zip(known, others, strict=True)] == [place in places] * 2
     last = y.clone()
     last[-1] += 1
     assert found(x, last, 16) != known
@@ -127,6 +132,41 @@ def test_padding_of_lists_of_batches_is_not_known():
     assert one != other
     assert may_be_same(one, other)
     assert not may_be_same(one, spread_sha256([{"input_ids": ids + 1}]))
+
+
+def test_padding_of_sounds_is_not_known():
+    sounds = [torch.randn(length) for length in range(3, 15)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    lists = [
+        [(pad(sounds[i : i + size], batch_first=True), torch.arange(12)[i : i + size]) for i in range(0, 12, size)]
+        for size in (2, 4)
+    ]
+    one, other = map(spread_sha256, lists)
+    assert one != other
+    assert may_be_same(one, other)
+    louder = [(2 * x, y) for x, y in lists[0]]
+    assert not may_be_same(one, spread_sha256(louder))
+
+
+class Noisy(TensorDataset):
+    """Changes at every reading, by the generators of PyTorch, Python and NumPy."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()) + random.random() + np.random.rand(), y
+
+
+def test_reading_samples_leaves_random_numbers_as_they_were():
+    def drawn():
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        loader = DataLoader(Noisy(*DATA.tensors), batch_size=2)
+        return loader, lambda: torch.cat([x for x, _ in loader])
+
+    _, walk = drawn()
+    wanted = walk()
+    loader, walk = drawn()
+    assert spread_sha256(loader) == ""  # it is other samples at every reading
+    assert torch.equal(walk(), wanted)
 
 
 class Stream(IterableDataset):
@@ -148,6 +188,7 @@ class OfWorkers(TensorDataset):
         DataLoader(DATA, batch_size=2, sampler=[5, 4, 3, 2, 1, 0]),
         DataLoader(DATA, batch_size=None),
         DataLoader(OfWorkers(*DATA.tensors), batch_size=2),
+        DataLoader(DATA, batch_size=2, num_workers=1),  # what is opened by a reading here would be the workers' too
     ],
 )
 def test_samples_that_cannot_be_read_at_their_places_say_nothing(loader):
