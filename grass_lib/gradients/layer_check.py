@@ -31,6 +31,7 @@ _FORWARDS = {
 }
 _NEAR = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 0.01, torch.float64: 0.01}
 """Of the largest entry, by type of the weights; those of other types are packed, and are not compared."""
+_PORTION = 2**22  # numbers that are compared at a time
 
 
 def has_own_forward(module: nn.Module, kind: str) -> bool:
@@ -180,10 +181,14 @@ def _difference(module: Any, shape: LayerShape, args: tuple[Any, ...], kwargs: d
 
 def _near(one: Tensor, other: Tensor) -> bool:
     within = _NEAR[one.dtype]
-    one, other = ((part.to_dense() if part.is_sparse else part).double() for part in (one, other))
-    finite = one.isfinite() & other.isfinite()  # samples may be damaged, which is not the layer's fault
-    one, other = one.where(finite, 0.0), other.where(finite, 0.0)
-    return bool((one - other).abs().max() <= within * other.abs().max())
+    one, other = (part.to_dense() if part.is_sparse else part for part in (one, other))
+    rows, errors, sizes = max(1, _PORTION // max(1, one[0].numel())), list[Tensor](), list[Tensor]()
+    for mine, usual in zip(one.split(rows), other.split(rows), strict=True):
+        mine, usual = mine.double(), usual.double()
+        finite = mine.isfinite() & usual.isfinite()  # samples may be damaged, which is not the layer's fault
+        errors.append((mine - usual).where(finite, 0.0).abs().max())
+        sizes.append(usual.where(finite, 0.0).abs().max())
+    return bool(torch.stack(errors).max() <= within * torch.stack(sizes).max())
 
 
 def _of_kind(module: Any, shape: LayerShape, x: Tensor) -> Tensor:
