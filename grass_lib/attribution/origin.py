@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from grass_lib.errors import StoreError, UsageError
 from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.order import may_be_same
-from grass_lib.gradients.outputs import Output
+from grass_lib.gradients.outputs import output_name
 from grass_lib.projection import Mask
 from grass_lib.ranks import is_sharded
 from grass_lib.store import GradientStore, MemoryStore, Store
@@ -211,14 +210,6 @@ class KeptStore:
         if small or self._seen_model[0] != versions:
             self._seen_model = versions, model_sha256(model)
         return self._seen_model[1]
-
-
-def output_name(output: Output) -> str:
-    """Name of a loss: that of the function, with the arguments that ``functools.partial`` fixed."""
-    if isinstance(output, functools.partial):
-        fixed = [*map(repr, output.args), *(f"{name}={value!r}" for name, value in sorted(output.keywords.items()))]
-        return f"{output_name(output.func)}({', '.join(fixed)})"
-    return getattr(output, "__qualname__", type(output).__qualname__)
 
 
 def mask_fingerprints(masks: LayerMasks | None) -> dict[str, str]:

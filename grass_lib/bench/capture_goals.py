@@ -11,6 +11,11 @@ SPEED, MEMORY = 0.95, 1.05
 """Beside the passes alone: at least so much of the speed, at most so much of the memory."""
 
 
+def judged_spec(result: Mapping[str, Any]) -> str:
+    """The compression that goals are about: the first that was measured."""
+    return next((row["spec"] for row in result["rows"] if row["step"] == "caching"), "")
+
+
 def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Compares the first compression with the passes alone, on a GPU; memory and speed beside training too.
 
@@ -23,7 +28,7 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if result["device_type"] != "cuda":
         return found
-    first = next((row["spec"] for row in result["rows"] if row["step"] == "caching"), "")
+    first = judged_spec(result)
     for name in dict.fromkeys(row["dtype"] for row in result["rows"]):
         rows = {(row["step"], row["spec"]): row for row in result["rows"] if row["dtype"] == name}
         ours, alone, training = (rows.get(key) for key in (("caching", first), ("activations", ""), ("training", "")))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grass_lib.errors import UsageError
 from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.compiling import compile_apart
+from grass_lib.gradients.layers import first_input
 
 
 class CapturedLayer(nn.Module):
@@ -96,18 +97,16 @@ class CompiledBlocks:
         self._blocks: list[Any] = list(modules[path].children())
         self._places: list[tuple[nn.Module, str, str]] = []
         self._layers: dict[str, CapturedLayer] = {}
-        names: dict[int, list[str]] = {}
+        known: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for parent, module in model.named_modules():
-            for child, inner in module._modules.items():
-                names.setdefault(id(inner), []).append(f"{parent}.{child}" if parent else child)
+            for last, child in module._modules.items():
+                known.setdefault(id(child), []).append((f"{parent}.", module, last))
         for name, capture in captures.items():
-            known = names[id(modules[name])]  # a layer with several names has to be replaced at all of them
-            inside = any(one.startswith(f"{path}.") for one in known)
+            places = known[id(modules[name])]  # a layer with several names has to be replaced at all of them
+            inside = any(parent.startswith(f"{path}.") for parent, *_ in places)
             if inside and capture.shape.kind in ("linear", "conv1d"):
                 self._layers[name] = CapturedLayer(modules[name], capture)
-                for one in known:
-                    parent, _, last = one.rpartition(".")
-                    self._places.append((model.get_submodule(parent), last, name))
+                self._places += [(module, last, name) for _, module, last in places]
         self.names = frozenset(self._layers)
         self._compiled: list[Any] = []
 
@@ -150,11 +149,6 @@ class CompiledBlocks:
     def kept(self) -> dict[str, Tensor]:
         """Compressed inputs of the deferred layers that the pass used."""
         return {name: layer.kept for name, layer in self._layers.items() if layer.kept is not None}
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A layer's input."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _run(block: Any, *args: Any, **kwargs: Any) -> Any:

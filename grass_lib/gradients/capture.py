@@ -13,9 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from grass_lib.errors import UsageError
 from grass_lib.gradients import inputs
-from grass_lib.gradients.layers import LayerShape
+from grass_lib.gradients.layers import LayerShape, not_samples
 from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.sides import Side
 from grass_lib.kernels.columns import kept_columns
@@ -112,10 +111,7 @@ class LayerCapture:
         batch = probe.shape[0]
         if y.shape[0] != batch:
             if y.shape[0] != 1 or self.shape.kind != "embedding":
-                raise UsageError(
-                    f"layer '{self.name}' gives an output of shape {tuple(y.shape)} in a batch of {batch} samples; "
-                    "expected samples on dimension 0. Leave it out of layers="
-                )
+                raise not_samples(self.name, y.shape, batch)
             # Position embeddings are looked up once for all samples.
             kept = tuple(part.expand(batch, *part.shape[1:]) for part in kept)
             y = y.expand(batch, *y.shape[1:])

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from grass_lib.devices import usable_device
 from grass_lib.errors import GrassError, UsageError
 from grass_lib.gradients.attention_masks import whole_masks
-from grass_lib.gradients.outputs import Batch, Output, check_output
+from grass_lib.gradients.outputs import Batch, Output, check_output, output_name
 from grass_lib.gradients.state import ModelState, ParameterFilter, bind_state, evaluating, trainable_names
 from grass_lib.words import few
 
@@ -278,7 +278,7 @@ def refuse_detached(model: nn.Module, output: Output, state: ModelState, samples
         values = output(call, samples)
     if not values.requires_grad:
         raise UsageError(
-            f"the values of output {_name_of(output)} have no gradient with respect to any trainable weight of "
+            f"the values of output {output_name(output)} have no gradient with respect to any trainable weight of "
             f"{type(model).__name__}: they are detached or computed without gradients (torch.no_grad, .item(), NumPy). "
             "Compute them from what the model returns, by operations that PyTorch differentiates"
         )
@@ -320,7 +320,3 @@ def _embeddings(model: nn.Module, option: str) -> str:
     """An embedding with an option, in words."""
     found = [(name, value) for name, module in model.named_modules() if (value := getattr(module, option, None))]
     return f"layer '{found[0][0]}' with {option}={found[0][1]}" if found else f"an embedding with {option}"
-
-
-def _name_of(output: Output) -> str:
-    return getattr(output, "__qualname__", type(output).__name__)

@@ -13,11 +13,10 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients.blocks import first_input
 from grass_lib.gradients.capture import NORMS
 from grass_lib.gradients.full import batch_slice
 from grass_lib.gradients.inputs import moments
-from grass_lib.gradients.layers import LayerShape
+from grass_lib.gradients.layers import LayerShape, first_input, not_samples, refused
 from grass_lib.gradients.outputs import Batch
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ class LayerChecks:
             module, shape = self._layers[name]
             problem = _difference(module, shape, args, kwargs)
             if problem:
-                raise _refused(name, module, problem)
+                raise refused(name, module, problem)
             self._own.remove(name)
 
     def _look(self, evaluate: Callable[[Batch], Any], samples: Batch, *, sized: bool) -> None:
@@ -115,11 +114,7 @@ class LayerChecks:
         def after(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
                 if sized and isinstance(y, Tensor) and y.shape[:1] != (1,):
-                    raise _refused(
-                        name,
-                        module,
-                        f"its output has shape {tuple(y.shape)} for one sample; expected samples on dimension 0",
-                    )
+                    raise not_samples(name, y.shape, 1)
 
             return hook
 
@@ -129,12 +124,6 @@ class LayerChecks:
                     stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after(name)).remove)
             evaluate(samples)
-
-
-def _refused(name: str, module: nn.Module, problem: str) -> UsageError:
-    return UsageError(
-        f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of layers="
-    )
 
 
 def _difference(module: Any, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -70,9 +70,7 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
         if not (by_name or by_kind):
             continue
         if shape is None or problem:
-            raise UsageError(
-                f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of layers="
-            )
+            raise refused(name, module, problem)
         found[name] = shape
     if found and idle:
         raise UsageError(
@@ -85,6 +83,26 @@ def find_layers(model: nn.Module, layers: LayerChoice, *, include_head: bool = F
             f"{_WORDS}, a pattern of module names, a list of these or a function"
         )
     return found
+
+
+def refused(name: str, module: nn.Module, problem: str) -> UsageError:
+    """The error of a layer that cannot be captured, for whoever raises it."""
+    return UsageError(
+        f"layer '{name}' ({type(module).__name__}) cannot be captured: {problem}; leave it out of layers="
+    )
+
+
+def not_samples(name: str, shape: Sequence[int], n: int) -> UsageError:
+    """The error of a layer whose output has something else than ``n`` samples on dimension 0."""
+    return UsageError(
+        f"layer '{name}' gives an output of shape {tuple(shape)} in a batch of {n} sample{'' if n == 1 else 's'}; "
+        "expected samples on dimension 0. Leave it out of layers="
+    )
+
+
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A layer's input, whether it is given by its place or by its name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def doubts(model: nn.Module, found: Iterable[str], layers: LayerChoice) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from grass_lib.gradients.capture import handed_on
+from grass_lib.gradients.layers import first_input
 from grass_lib.gradients.masked_layers import MaskedLayer
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import ModelState, copy_onto
@@ -175,7 +176,7 @@ class _Run:
             if self.check:
                 for attribute, part in layer.parts.items():
                     module._parameters[attribute] = self.weights[part.name]  # pyright: ignore[reportArgumentType]
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_input(args, kwargs)
             if not isinstance(y, Tensor) or not layer.fits(x, y, self.n):
                 seen = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
                 self.problems[layer.name] = f"its output {seen} has not the {self.n} samples on dimension 0"

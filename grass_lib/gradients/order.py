@@ -26,12 +26,14 @@ from torch.utils.data import (
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import batch_size
+from grass_lib.gradients.graph import shapes_of
 from grass_lib.gradients.outputs import Batch
 
 logger = logging.getLogger(__name__)
 
 SPREAD = 64
 """Samples of a training set that stand for all of it."""
+_AGAIN = 16  # every so many of them are read twice
 _SIZE = " of "
 _Reader: TypeAlias = Callable[[int], tuple[Batch, int]]
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -120,8 +122,8 @@ def spread_sha256(loader: Iterable[Batch]) -> str:
         count, at = read
         places = _places(count)
         found = [sample_sha256(*at(place)) for place in places]
-        again = [sample_sha256(*at(place)) for place in places[:: max(1, SPREAD // 4)]]
-        shapes = [[tuple(value.shape[1:]) for value in _tensors(at(place)[0])] for place in places] if listed else []
+        again = [sample_sha256(*at(place)) for place in places[::_AGAIN]]
+        shapes = [[part[1][1:] for part in shapes_of(at(place)[0])] for place in places] if listed else []
     except Exception:  # a data set may be made for one walk only
         logger.debug("samples could not be read at their places", exc_info=True)
         return ""
@@ -129,7 +131,7 @@ def spread_sha256(loader: Iterable[Batch]) -> str:
         torch.set_rng_state(state)
         random.setstate(random_state)
         np.random.set_state(numpy_state)
-    if not found or found[:: max(1, SPREAD // 4)] != again:
+    if not found or found[::_AGAIN] != again:
         return ""
     digest = hashlib.sha256("".join(one.partition(_SIZE)[0] for one in found).encode())
     how = f"batches {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}" if listed else "samples"
@@ -156,11 +158,6 @@ def _reader_of_loader(loader: Any) -> tuple[int, _Reader] | None:
         return None
     data, collate = cast("Any", loader.dataset), cast("Any", loader.collate_fn)
     return len(data), lambda place: (collate([data[place]]), 0)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    parts = [batch[name] for name in sorted(batch)] if isinstance(batch, Mapping) else list(batch)
-    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _places(count: int) -> list[int]:

@@ -5,6 +5,7 @@ on a module and under ``torch.func.functional_call``. A tuple batch is ``(*input
 labels under ``"labels"`` and everything else is passed to the model by name.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -65,6 +66,14 @@ def cross_entropy(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """
     logits, labels = _logits_and_labels(model, batch)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def output_name(output: Output) -> str:
+    """Name of a loss: that of the function, with the arguments that ``functools.partial`` fixed."""
+    if isinstance(output, functools.partial):
+        fixed = [*map(repr, output.args), *(f"{name}={value!r}" for name, value in sorted(output.keywords.items()))]
+        return f"{output_name(output.func)}({', '.join(fixed)})"
+    return getattr(output, "__qualname__", type(output).__qualname__)
 
 
 def check_output(output: Any, argument: str = "output", meaning: str = "") -> None:

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients.blocks import CompiledBlocks, first_input
+from grass_lib.gradients.blocks import CompiledBlocks
 from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.column_chain import ColumnChain, Use, mark, reached
 from grass_lib.gradients.compiling import compile_apart
 from grass_lib.gradients.fp8 import fp8_products
 from grass_lib.gradients.head import HeadTap, takes_head, values_only
 from grass_lib.gradients.layer_check import LayerChecks
+from grass_lib.gradients.layers import first_input
 from grass_lib.gradients.meter import Meter
-from grass_lib.gradients.outputs import Batch, Output
+from grass_lib.gradients.outputs import Batch, Output, output_name
 from grass_lib.gradients.state import evaluating
 from grass_lib.kernels.columns import check_columns
 from grass_lib.words import few
@@ -147,7 +148,7 @@ class CapturePass:
                 "gradients are asked for inside torch.inference_mode(), where PyTorch keeps nothing to differentiate; "
                 "expected a call outside of it (torch.no_grad() does no harm)"
             )
-        self._check_layers(output, samples, n)
+        self._checks(lambda batch: _evaluate(output, self.model, batch, None), samples, n)
         # Expanded from one number: a probe has a shape and a gradient, but no memory.
         zero = self._zero(self._dtype)
         self._deferred, self._inputs = deferred or {}, {}
@@ -182,7 +183,7 @@ class CapturePass:
                 found = torch.autograd.grad(values.sum(), probes, allow_unused=True) if values.requires_grad else unused
             if self._head is not None and head is None and found[list(self._probes).index(self._head)] is None:
                 raise UsageError(
-                    f"the output layer {self._head} is captured, and {getattr(output, '__qualname__', output)} did not "
+                    f"the output layer {self._head} is captured, and {output_name(output)} did not "
                     "run it as a module; a function around chunked_causal_loss must take head= and pass it on "
                     "(functools.partial does), or leave the layer out with include_head=False"
                 )
@@ -192,9 +193,6 @@ class CapturePass:
             return Captured(dict(zip(self._probes, found, strict=True)), values.detach(), inputs)
         finally:
             self._probes, self._deferred, self._inputs, self._chain = {}, {}, {}, None
-
-    def _check_layers(self, output: Output, samples: Batch, n: int) -> None:
-        self._checks(lambda batch: _evaluate(output, self.model, batch, None), samples, n)
 
     def _head_tap(self, output: Output) -> HeadTap | None:
         """What an output that computes logits by itself gets, where the output layer is captured."""
@@ -218,7 +216,6 @@ class CapturePass:
             samples: The batch.
             n: Its size.
         """
-        self._check_layers(output, samples, n)
         if self._whole:
             try:
                 return self._seen(output, samples, n, linking=True)

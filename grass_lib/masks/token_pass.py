@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
 from grass_lib.gradients.full import batch_size, batch_to
-from grass_lib.gradients.layers import LayerShape
+from grass_lib.gradients.layers import LayerShape, first_input, not_samples
 from grass_lib.gradients.outputs import Batch, Output
 from grass_lib.gradients.state import evaluating
 from grass_lib.gradients.stream import progress_bar, sample_count
@@ -103,12 +103,9 @@ class TokenPass:
             active = self._active
             if active is None:
                 return None
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = first_input(args, kwargs).detach()
             if y.shape[0] != active.size:
-                raise UsageError(
-                    f"layer '{name}' gives an output of shape {tuple(y.shape)} in a batch of {active.size} samples; "
-                    "expected samples on dimension 0. Leave it out of layers="
-                )
+                raise not_samples(name, y.shape, active.size)
             # The model may go on to change the input in place.
             version = x._version
             active.uses[name] = active.uses.get(name, 0) + 1

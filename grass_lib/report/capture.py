@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grass_lib.bench.capture_goals import goals
+from grass_lib.bench.capture_goals import goals, judged_spec
 from grass_lib.report.results import goal_table, read_result
 
 RESULT = "capture.json"
@@ -64,8 +64,7 @@ def capture_section(measured: Path) -> str:
         else ""
     )
     judged = goals(result)
-    first = next((row["spec"].removesuffix("->identity") for row in result["rows"] if row["step"] == "caching"), "")
-    of = f" Goals are those of {first}." if judged else ""
+    of = f" Goals are those of {judged_spec(result).removesuffix('->identity')}." if judged else ""
     return (
         "## What capturing adds to a small model\n\n"
         "A small model's products are short in bfloat16, and what a capture adds beside them weighs more. "

@@ -263,7 +263,7 @@ class TokensFirst(nn.Module):
 def test_a_batch_with_as_many_samples_as_tokens_hides_nothing(model, x, name, compile):
     factored = FactoredGradients(model, cross_entropy, layers="all", compile=compile)
     for _ in range(2):
-        with pytest.raises(UsageError, match=f"layer '{name}'.*for one sample; expected samples on dimension 0"):
+        with pytest.raises(UsageError, match=f"layer '{name}'.*of 1 sample; expected samples on dimension 0"):
             factored((x, LABELS))
     factored = FactoredGradients(model, cross_entropy, layers="head")
     for n in (1, N):
