@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from grass_lib.report.environment import installed
 
 
 def judged(goal: str, measured: float | None, limit: float, unit: str, at_most: bool) -> dict[str, Any]:
@@ -42,13 +43,7 @@ def versions(*packages: str) -> dict[str, str]:
     """
     import torch  # not where goals alone are asked for, as pages do
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), "torch": torch.__version__, **installed(packages)}
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

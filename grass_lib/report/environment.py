@@ -42,8 +42,14 @@ def loaded_torch() -> Any | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, the platform and the installed packages that can change a number."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in PACKAGES:
+    where = f"{platform.system()} {platform.machine()}"
+    return {"python": platform.python_version(), "platform": where, **installed(PACKAGES)}
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found: dict[str, str] = {}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
