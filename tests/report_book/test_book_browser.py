@@ -70,6 +70,10 @@ def _open(browser: Any, book: Path, page: str, theme: str = "light") -> None:
             return
 
 
+def _errors(browser: Any) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
 def _requests(browser: Any) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [item["params"]["request"]["url"] for item in messages if item["method"] == "Network.requestWillBeSent"]
@@ -78,12 +82,20 @@ def _requests(browser: Any) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_page_shows_everything_without_the_network(browser: Any, built_book: Path, page: str) -> None:
     _open(browser, built_book, page)
-    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert errors == []
+    assert _errors(browser) == []
     requests = _requests(browser)
     assert requests
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert browser.execute_script("return [...document.images].filter(image => image.naturalWidth === 0).length") == 0
+
+
+def test_the_first_page_that_a_reader_opens_reports_no_error(browser: Any, built_book: Path) -> None:
+    _open(browser, built_book, "book/references")
+    browser.execute_script("localStorage.clear()")
+    browser.get_log("browser")
+    browser.refresh()
+    assert browser.execute_script("return localStorage.getItem('mode')") == "auto"  # the theme's script has run
+    assert _errors(browser) == []
 
 
 def test_run_page_has_figures_formulas_and_tables(browser: Any, built_book: Path) -> None:
