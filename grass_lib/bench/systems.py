@@ -28,9 +28,10 @@ from grass_lib.baselines.process import package_digest, run_system
 from grass_lib.baselines.systems import Options, check_systems
 from grass_lib.baselines.workload import Outcome, Workload
 from grass_lib.bench.results import write
-from grass_lib.bench.systems_plan import SETTINGS, Setting, options_for
+from grass_lib.bench.systems_plan import CLAIMED_AGAINST, SETTINGS, Setting, options_for
 from grass_lib.errors import BaselineError, UsageError
 from grass_lib.project import runs_root
+from grass_lib.words import faster
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def summary(result: Mapping[str, Any]) -> str:
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     if result.get("throughput_percent_faster") is not None:
-        text.append(f"FactGraSS is {result['throughput_percent_faster']:.0f} % faster than LogIX's LoGra")
+        text.append(f"FactGraSS is {faster(result['throughput_percent_faster'], CLAIMED_AGAINST)}")
     return "\n".join(text)
 
 

@@ -12,6 +12,8 @@ from grass_lib.baselines.systems import BergsonOptions, DattriOptions, LogIXOpti
 from grass_lib.baselines.workload import ModelShape
 
 COMPARED = ("grass_lib", "logix", "dattri", "bergson")
+CLAIMED_AGAINST = "LogIX's LoGra"
+"""What the paper's claim on throughput compares FactGraSS with, in words."""
 _LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grass_lib.bench.systems_plan import CLAIMED_AGAINST
 from grass_lib.project import project_root
 from grass_lib.report.matching import Measured, RowIndex
 from grass_lib.report.systems_bench import load_earlier, load_systems
+from grass_lib.words import faster
 
 THROUGHPUT = "throughput_percent_faster"
 FIELDS = (
@@ -61,13 +63,13 @@ def claim_row(
     if bench is not None and published is not None:
         found = float(bench[THROUGHPUT])
         runs = earlier_benches(claim["experiment"], benchmarks)
-        others = f" ({', '.join(f'{run:.0f} %' for run in runs)} in earlier runs on other machines)" if runs else ""
+        others = f" ({', '.join(map(faster, runs))} in earlier runs on other machines)" if runs else ""
         return {
             **row,
             "measured": found,
             "data": "substitute",
             "verdict": "not comparable",
-            "reason": f"{found:.0f} % faster than LogIX's LoGra{others}, curvature included, on "
+            "reason": f"{faster(found, CLAIMED_AGAINST)}{others}, curvature included, on "
             f"{bench['device']}, ours compiled and with its chunked loss, LogIX as documented; weights and tokens are "
             f"random substitutes ({bench['command']}, {bench['date']}); "
             f"{stated_text}",
@@ -83,7 +85,7 @@ def claim_row(
     substitute = Measured(record, {}).substitute
     verdict = "not comparable" if substitute else "reproduced" if measured >= published else "differs"
     prefix = f"substitute {substitute}; " if substitute else ""
-    reason = f"{prefix}{measured:.0f} % faster here than LoGra on the same device; {stated_text}"
+    reason = f"{prefix}{faster(measured, 'LoGra')} on the same device here; {stated_text}"
     return {
         **row,
         "measured": float(measured),

@@ -15,6 +15,7 @@ from grass_lib.report.pairs import PAIRS
 from grass_lib.report.published import published_claims, published_rows, published_source
 from grass_lib.report.style import experiment_title, method_label, method_of, reference_method, stage_text
 from grass_lib.report.tables import Form, badge, interval_text, seconds_text, table_html, with_formats
+from grass_lib.words import faster
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,7 @@ def _common(row: LedgerRow) -> dict[str, Any]:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f} % faster"
+    return "" if value is None else faster(value)
 
 
 def _reason(row: LedgerRow) -> str:
@@ -183,8 +184,8 @@ def _claim_outcome(rows: Sequence[LedgerRow], pair: str) -> str:
     claim = next((row for row in rows if row["experiment"] == pair and row["metric"] == THROUGHPUT), None)
     if claim is None:
         return "not in the ledger"
-    here = "not measured" if claim["measured"] is None else f"{claim['measured']:.0f} % here, {claim['verdict']}"
-    return f"up to {claim['published']:.0f} % faster than LoGra; {here}"
+    here = "not measured" if claim["measured"] is None else f"{faster(claim['measured'])} here, {claim['verdict']}"
+    return f"up to {faster(claim['published'], 'LoGra')}; {here}"
 
 
 def verdict_table(rows: Sequence[LedgerRow]) -> str:

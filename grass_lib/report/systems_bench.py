@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_lib.bench.systems_plan import SETTINGS
+from grass_lib.bench.systems_plan import CLAIMED_AGAINST, SETTINGS
 from grass_lib.errors import RecordError
 from grass_lib.report.figure_files import FORMATS, figure_markdown, save_figure
 from grass_lib.report.results import read_result
 from grass_lib.report.style import NEUTRAL, figure_style
+from grass_lib.words import faster
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,8 +104,8 @@ def systems_markdown(result: Mapping[str, Any], earlier: Sequence[Mapping[str, A
     if result.get("throughput_percent_faster") is not None:
         lines.append("")
         lines.append(
-            f"Our FactGraSS is {result['throughput_percent_faster']:.0f} % faster than LogIX's LoGra of rank 64, both "
-            "with curvature."
+            f"Our FactGraSS is {faster(result['throughput_percent_faster'], CLAIMED_AGAINST)} of rank 64, both with "
+            "curvature."
         )
     if earlier:
         lines += [
@@ -122,7 +123,7 @@ def _earlier_line(run: Mapping[str, Any]) -> str:
         f"{row['label']} {row['tokens_per_second_ready']:,.0f} tokens/s" for row in run["rows"] if not row["error"]
     ]
     percent = run.get("throughput_percent_faster")
-    found = "" if percent is None else f"; FactGraSS {percent:.0f} % faster than LogIX's LoGra"
+    found = "" if percent is None else f"; FactGraSS {faster(percent, CLAIMED_AGAINST)}"
     return f"- {run['device']}, {run['date']}: {'; '.join(speeds)}{found}."
 
 

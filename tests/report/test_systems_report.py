@@ -154,6 +154,7 @@ def test_a_page_of_the_benchmark(tmp_path):
     cut = systems_markdown(bench(planned=["grass_lib FactGraSS-16, eFIM", "dattri LoGra-16, eFIM"]))
     assert "Not measured, because the run was stopped before: dattri LoGra-16, eFIM." in cut
     assert "165 % faster" in systems_markdown(bench(throughput_percent_faster=165.2))
+    assert "FactGraSS is 12 % slower than LogIX" in systems_markdown(bench(throughput_percent_faster=-12.2))
     (measured / "systems-gpt2.json").write_text(json.dumps(bench(k=64)))
     with pytest.raises(RecordError, match="k = 64, expected 4096"):
         load_systems(measured, "gpt2")
@@ -195,7 +196,7 @@ def test_earlier_runs_have_a_sentence_each(tmp_path, monkeypatch):
     assert page.index("FactGraSS 126 % faster") < page.index("FactGraSS 71 % faster")
     (claim,) = [row for row in ledger_rows([]) if row["metric"] == THROUGHPUT]
     assert claim["measured"] == 119.0
-    assert "(126 %, 71 % in earlier runs on other machines)" in claim["reason"]
+    assert "(126 % faster, 71 % faster in earlier runs on other machines)" in claim["reason"]
     (folder / "systems-llama_3.json").write_text(json.dumps(bench(k=16384)))
     with pytest.raises(RecordError, match="16384"):
         write_systems_parts(folder, generated)
