@@ -70,6 +70,8 @@ class CapturedLayer(nn.Module):
         kept = self.capture.keep(self.inner, first_input(args, kwargs), None)
         y = self.inner(*args, **kwargs)
         if self.deferred:
+            if self.kept is not None:
+                raise used_twice(self.capture.name)
             self.kept = kept[0]
             return self.capture.tap(y, self.probe)
         return self.capture.apply(kept, y, self.probe, None)
@@ -149,6 +151,18 @@ class CompiledBlocks:
     def kept(self) -> dict[str, Tensor]:
         """Compressed inputs of the deferred layers that the pass used."""
         return {name: layer.kept for name, layer in self._layers.items() if layer.kept is not None}
+
+
+def used_twice(name: str) -> UsageError:
+    """What is raised where the contraction of a layer was left to the end of a pass that then calls it again.
+
+    Args:
+        name: Of the layer.
+    """
+    return UsageError(
+        f"the layer {name} is called more than once in this pass, and was called once with the first batch; a model "
+        "whose data decide how often it calls a layer needs compile=False"
+    )
 
 
 def _run(block: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_lib.errors import UsageError
-from grass_lib.gradients.blocks import CompiledBlocks
+from grass_lib.gradients.blocks import CompiledBlocks, used_twice
 from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.column_chain import ColumnChain, Use, mark, reached
 from grass_lib.gradients.compiling import compile_apart
@@ -292,6 +292,8 @@ class CapturePass:
             if capture.name in self._probes:
                 if not torch.compiler.is_compiling():
                     self._checks.see(capture.name, args, kwargs)
+                    if capture.name in self._deferred and capture.name in self._inputs:
+                        raise used_twice(capture.name)
                 x = first_input(args, kwargs)
                 chain = self._chain
                 if chain is not None and chain.takes(capture.name):

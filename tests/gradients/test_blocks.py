@@ -197,3 +197,39 @@ def test_modules_that_know_their_model_are_taken(graphs):
     model.blocks[0].parent = model
     found, _ = FactoredGradients(model, cross_entropy, compile="blocks")(batch)
     same(found, wanted)
+
+
+class Repeating(nn.Module):
+    """A model whose data decide how often it calls a layer, inside its first block or after all of them."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        self.blocks = nn.ModuleList(Shared(nn.Linear(6, 6)) for _ in range(2))
+        self.head = nn.Linear(6, 6)
+
+    def forward(self, x):
+        again = bool((x > 0).all())
+        for block in self.blocks:
+            x = block(x)
+        if again and self.where == "block":
+            x = self.blocks[1](x)
+        x = self.head(x)
+        return self.head(torch.tanh(x)) if again and self.where == "head" else x
+
+
+@pytest.mark.parametrize("where", ["block", "head"])
+def test_a_layer_that_a_later_batch_calls_twice_is_refused_where_one_call_was_expected(graphs, where):
+    torch.manual_seed(0)
+    model, labels = Repeating(where), torch.tensor([0, 1, 2, 0])
+    once, twice = (-torch.rand(4, 6), labels), (torch.rand(4, 6) + 0.1, labels)
+    plain = FactoredGradients(model, cross_entropy, sparsification="random_mask-4*5")
+    found = FactoredGradients(model, cross_entropy, sparsification="random_mask-4*5", compile="blocks")
+    same(found(once)[0], plain(once)[0])
+    with pytest.raises(UsageError, match=r"is called more than once in this pass.*compile=False"):
+        found(twice)
+    same(found(once)[0], plain(once)[0])
+    # Where the first batch calls it twice, nothing is put off and every later batch is right.
+    found = FactoredGradients(model, cross_entropy, sparsification="random_mask-4*5", compile="blocks")
+    for batch in (twice, once):
+        same(found(batch)[0], plain(batch)[0])
