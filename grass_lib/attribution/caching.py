@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 
@@ -225,6 +226,32 @@ def default_shard_size(batch: int, size: int) -> int:
     """
     most = min(_SHARD_SIZE, _SHARD_BYTES // size) // batch
     return batch * 2 ** max(most.bit_length() - 1, 0)
+
+
+def check_fits(samples: int, layers: Mapping[str, int], dtype: torch.dtype, what: str, remedy: str) -> None:
+    """Refuses rows that this machine cannot hold, before anything is made for them.
+
+    Args:
+        samples: Number of rows that are held at once.
+        layers: Their sizes.
+        dtype: Of the stored numbers.
+        what: What they are, in words.
+        remedy: What else helps than fewer features.
+
+    Raises:
+        UsageError: They take more memory than the machine has.
+    """
+    needed, there = samples * sample_bytes(layers, dtype), host_memory()
+    if needed > there:
+        raise UsageError(
+            f"{what} takes {needed / 1e9:,.1f} GB ({samples:,} samples of {sum(layers.values()):,} features), and this "
+            f"machine has {there / 1e9:,.1f} GB of memory; expected a compression with fewer features{remedy}"
+        )
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_compile(compile: Compile, deterministic: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from grass_lib import __version__
-from grass_lib.attribution.caching import default_shard_size, sample_bytes
+from grass_lib.attribution.caching import check_fits, default_shard_size, sample_bytes
 from grass_lib.attribution.model_hash import model_sha256
 from grass_lib.errors import StoreError, UsageError
 from grass_lib.gradients.factored import FactoredGradients
@@ -129,6 +129,12 @@ class KeptStore:
                 else f"a shard_size that is a multiple of the batch size, for example {default}"
             )
             raise UsageError(f"shards of {shard_size} samples are cut within batches of {batch}; expected {wanted}")
+        if not whole:
+            sizes = self._gradients.sizes
+            held = min(max(shard_size, batch), n_samples)
+            check_fits(held, sizes, self._dtype, "a shard", ", smaller batches or a smaller shard_size")
+            if self._path is None:
+                check_fits(n_samples, sizes, self._dtype, "the store in memory", ", or store= and a folder")
         store = self._store = self._opened(there, n_samples, shard_size, replace=True)
         return store
 

@@ -17,6 +17,7 @@ from grass_lib.gradients.layers import LayerChoice
 from grass_lib.gradients.maps import LayerMasks, LayerMatrices
 from grass_lib.gradients.outputs import Output
 from grass_lib.gradients.passes import Compile
+from grass_lib.ranks import Ranks
 from grass_lib.specs import CompressionSpec
 
 
@@ -28,7 +29,7 @@ class InfluenceOptions(TypedDict, total=False):
     hessian: str
     target: Output | None
     store: str | Path | None
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     seed: int
     device: str | torch.device | None
     masks: LayerMasks | None
@@ -40,6 +41,7 @@ class InfluenceOptions(TypedDict, total=False):
     precision: Precision
     fingerprint: Mapping[str, Any] | None
     source: Mapping[str, Any] | None
+    ranks: Ranks | None
     progress: bool
     fp8: bool
 

@@ -28,6 +28,7 @@ def attribute(
 ) -> None:
     """Print the training passages that made a prompt likelier, and those that made it less likely.
 
+    Of a prompt longer than what the model was trained on at once the beginning is taken, and said to be.
     Of a store of Llama's: those that made the model's own answer to the prompt likelier, or less likely.
     """
     text = read_query(query)
@@ -63,6 +64,12 @@ def attribute(
         "store": source.to_json(),
         "damping": damping if source.hessian == "eFIM" else None,
     }
+    if task.tokens is not None:
+        has, taken = task.tokens(text)
+        result["tokens"] = {"prompt": has, "asked": taken}
+        if has > taken:
+            cut = f"the prompt has {has:,} tokens, and the model was trained on {taken:,} at once"
+            typer.echo(f"{cut}: only the first {taken:,} were asked about", err=True)
     if task.answer is not None:
         result["answer"] = task.answer(asked)
         typer.echo(f"the model's answer, which these passages made likelier or less likely:\n{result['answer']}")

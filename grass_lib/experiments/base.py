@@ -33,6 +33,8 @@ class AttributionTask:
         fp8: Whether the model's products run in FP8 while gradients are computed.
         answer: ``answer(batch)``: of what `encode` gave, the text that the query's value is of; None where that is the
             prompt itself.
+        tokens: ``tokens(text)``: how many tokens a prompt has, and how many of the first `encode` takes; None where it
+            takes all.
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class AttributionTask:
     parameters: Mapping[str, Any]
     fp8: bool = False
     answer: Callable[[Batch], str] | None = None
+    tokens: Callable[[str], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)

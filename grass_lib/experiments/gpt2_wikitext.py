@@ -207,6 +207,10 @@ def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool 
         row = torch.tensor([ids], dtype=torch.int64)
         return {"input_ids": row, "labels": row}
 
+    def tokens(text: str) -> tuple[int, int]:
+        count = len(data.tokenizer.encode(text))
+        return count, min(count, chosen.length)
+
     return AttributionTask(
         model=make_model(chosen, weights, device),
         loss=causal_loss,
@@ -218,6 +222,7 @@ def task(scale: str, parameters: Mapping[str, Any], device: str, progress: bool 
         data_sha256=blocks_hash(data.train_ids),
         encode=encode,
         passage=data.passage,
+        tokens=tokens,
         parameters={
             "seed": seed,
             "data": parameters.get("data", wikitext.OFFICIAL),

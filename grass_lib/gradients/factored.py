@@ -16,7 +16,7 @@ from grass_lib.gradients.capture import LayerCapture
 from grass_lib.gradients.fp8 import check_fp8
 from grass_lib.gradients.full import batch_size, batch_to
 from grass_lib.gradients.graph import RecordedStep, shapes_of
-from grass_lib.gradients.layers import LayerChoice, LayerShape, doubts, find_layers, output_layer
+from grass_lib.gradients.layers import LayerChoice, LayerShape, doubts, find_layers, longer, output_layer
 from grass_lib.gradients.maps import LayerMaps, LayerMasks, LayerMatrices
 from grass_lib.gradients.meter import StepClock, measured
 from grass_lib.gradients.outputs import Batch, Output, check_output
@@ -152,6 +152,8 @@ class FactoredGradients:
             for name, capture in self._captures.items()
         }
         self.k = sum(self.sizes.values())
+        if doubt := longer(shapes, self.sizes):
+            logger.warning("%s", doubt)
         self._graph = self.device.type == "cuda" and (compile is True if graph is None else graph)
         # The clock of a recorded step would be part of the recording.
         self._clock = StepClock(self.device, stage1=timed and not (compile or self._graph))

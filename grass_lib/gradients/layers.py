@@ -149,6 +149,26 @@ def doubts(model: nn.Module, found: Iterable[str], layers: LayerChoice) -> list[
     return said
 
 
+def longer(shapes: Mapping[str, LayerShape], sizes: Mapping[str, int]) -> str:
+    """A sentence on layers whose compressed gradients are longer than their own; empty where there are none.
+
+    Args:
+        shapes: Of the layers.
+        sizes: Their compressed sizes.
+    """
+    found = [
+        f"{name} ({weights:,} weights, {sizes[name]:,} features)"
+        for name, shape in shapes.items()
+        if sizes[name] > (weights := shape.d_out * shape.d_in)
+    ]
+    if not found:
+        return ""
+    return (
+        f"the compression makes gradients of layers longer than they are: {few(found)}; a smaller one costs less, and "
+        "identity keeps everything"
+    )
+
+
 def output_layer(model: nn.Module) -> str | None:
     """Name of the layer that gives a language model's logits: transformers' output embeddings, or ``lm_head``."""
     getter: Any = getattr(model, "get_output_embeddings", None)

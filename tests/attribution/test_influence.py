@@ -1,6 +1,7 @@
 """Influence functions against the explicit formula on gradients from a plain loop of backward passes."""
 
 import functools
+import inspect
 import time
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 import zoo
 from torch.utils.data import DataLoader, TensorDataset
 
-from grass_lib.attribution import topk
+from grass_lib.attribution import caching, topk
 from grass_lib.attribution.caching import default_shard_size
 from grass_lib.attribution.influence import InfluenceFunction
-from grass_lib.attribution.presets import FactGraSS, LoGra, factgrass_spec, logra_spec
+from grass_lib.attribution.presets import FactGraSS, InfluenceOptions, LoGra, factgrass_spec, logra_spec
 from grass_lib.attribution.scoring import score_shards
 from grass_lib.errors import GrassError, StoreError, UsageError
+from grass_lib.gradients.factored import FactoredGradients
 from grass_lib.gradients.outputs import cross_entropy, margin
 from grass_lib.store import GradientStore
 
@@ -612,3 +614,26 @@ def test_an_empty_first_batch_is_refused():
     model, train, _ = case()
     with pytest.raises(UsageError, match="first batch has no samples"):
         influence(model).cache([tuple(part[:0] for part in train[0]), *train])
+
+
+def test_presets_take_the_arguments_of_influence_functions():
+    parameters = inspect.signature(InfluenceFunction).parameters
+    expected = {name: item.annotation for name, item in parameters.items() if item.kind is item.KEYWORD_ONLY}
+    for name in ("sparsification", "projection"):
+        del expected[name]
+    declared = {name: item.__forward_arg__ for name, item in InfluenceOptions.__annotations__.items()}
+    assert declared == expected
+
+
+def test_rows_that_the_machine_cannot_hold_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model, train, _ = case()
+    k = FactoredGradients(model, cross_entropy).k
+    monkeypatch.setattr(caching, "host_memory", lambda: 8 * k * 4)  # a shard of 8 samples and no more
+    influence(model, store=tmp_path / "fits").cache(train)
+    with pytest.raises(UsageError, match=r"the store in memory takes .* expected .*, or store= and a folder"):
+        influence(model).cache(train)
+    with pytest.raises(UsageError, match=rf"a shard takes .* \(12 samples of {k:,} features\).* a smaller shard_size"):
+        influence(model, store=tmp_path / "large", shard_size=12).cache(train)
+    assert not (tmp_path / "large").exists()
+    monkeypatch.setattr(caching, "host_memory", lambda: 1)
+    influence(model, store=tmp_path / "fits").cache(train)  # whole: nothing is computed

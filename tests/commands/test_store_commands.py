@@ -231,6 +231,33 @@ def test_the_answer_is_shown_where_it_is_what_was_asked_about(tmp_path, capsys, 
     assert json.loads((tmp_path / "found.json").read_text())["answer"] == "so many: 3"
 
 
+def test_a_prompt_that_is_cut_says_so(tmp_path, capsys, monkeypatch):
+    cache(tmp_path / "store")
+
+    def cutting(*given, **named) -> AttributionTask:
+        whole = task(*given, **named)
+        return replace(
+            whole, encode=lambda text: whole.encode(text[:4]), tokens=lambda text: (len(text), min(4, len(text)))
+        )
+
+    monkeypatch.setattr(
+        "grass_lib.runner.planning.experiments_by_name", lambda: {"toy": SimpleNamespace(attribution_task=cutting)}
+    )
+    words = ["attribute", "--store", str(tmp_path / "store"), "-k", "1", "--json", str(tmp_path / "found.json")]
+    capsys.readouterr()
+    assert main([*words, "--query", "abcdefg"]) == 0
+    assert (
+        "the prompt has 7 tokens, and the model was trained on 4 at once: only the first 4" in capsys.readouterr().err
+    )
+    cut = json.loads((tmp_path / "found.json").read_text())
+    assert cut["tokens"] == {"prompt": 7, "asked": 4}
+    assert main([*words, "--query", "abcd"]) == 0
+    assert "at once" not in capsys.readouterr().err
+    whole = json.loads((tmp_path / "found.json").read_text())
+    assert whole["tokens"] == {"prompt": 4, "asked": 4}
+    assert whole["proponents"] == cut["proponents"]
+
+
 def test_folders_of_something_else_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     cache(tmp_path / "store")
     (tmp_path / "file").touch()

@@ -557,3 +557,16 @@ def test_inference_mode_is_refused():
     model, batch, loss = case("mlp")
     with torch.inference_mode(), pytest.raises(UsageError, match=r"inference_mode.*outside of it"):
         FactoredGradients(model, loss)(batch)
+
+
+def test_a_compression_that_makes_gradients_longer_is_named(caplog):
+    model = zoo.make_model("mlp")
+    shapes = FactoredGradients(model, cross_entropy).layers
+    largest = max(shape.d_out * shape.d_in for shape in shapes.values())
+    side = int(largest**0.5) + 1
+    assert not caplog.text
+    FactoredGradients(model, cross_entropy, sparsification=f"random_mask-{side}*{side}")
+    assert not caplog.text
+    FactoredGradients(model, cross_entropy, sparsification=f"normal-{side}*{side}")
+    name, shape = next(iter(shapes.items()))
+    assert f"{name} ({shape.d_out * shape.d_in:,} weights, {side * side:,} features)" in caplog.text
