@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Mapping
 
@@ -18,6 +17,7 @@ from grass_lib.gradients.meter import Meter, measured
 from grass_lib.gradients.outputs import Batch
 from grass_lib.gradients.passes import Compile
 from grass_lib.precision import exact_products
+from grass_lib.report.environment import memory_bytes
 from grass_lib.store import ShardWriter, Store
 from grass_lib.store.formats import Rows, empty_rows, encode, row_bytes
 from grass_lib.words import few
@@ -241,17 +241,12 @@ def check_fits(samples: int, layers: Mapping[str, int], dtype: torch.dtype, what
     Raises:
         UsageError: They take more memory than the machine has.
     """
-    needed, there = samples * sample_bytes(layers, dtype), host_memory()
+    needed, there = samples * sample_bytes(layers, dtype), memory_bytes()
     if needed > there:
         raise UsageError(
             f"{what} takes {needed / 1e9:,.1f} GB ({samples:,} samples of {sum(layers.values()):,} features), and this "
             f"machine has {there / 1e9:,.1f} GB of memory; expected a compression with fewer features{remedy}"
         )
-
-
-def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_compile(compile: Compile, deterministic: bool) -> None:

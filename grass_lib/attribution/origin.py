@@ -131,8 +131,8 @@ class KeptStore:
             raise UsageError(f"shards of {shard_size} samples are cut within batches of {batch}; expected {wanted}")
         if not whole:
             sizes = self._gradients.sizes
-            held = min(max(shard_size, batch), n_samples)
-            check_fits(held, sizes, self._dtype, "a shard", ", smaller batches or a smaller shard_size")
+            wanted = ", smaller batches or a smaller shard_size"
+            check_fits(min(shard_size, n_samples), sizes, self._dtype, "a shard", wanted)
             if self._path is None:
                 check_fits(n_samples, sizes, self._dtype, "the store in memory", ", or store= and a folder")
         store = self._store = self._opened(there, n_samples, shard_size, replace=True)

@@ -628,12 +628,12 @@ def test_presets_take_the_arguments_of_influence_functions():
 def test_rows_that_the_machine_cannot_hold_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     model, train, _ = case()
     k = FactoredGradients(model, cross_entropy).k
-    monkeypatch.setattr(caching, "host_memory", lambda: 8 * k * 4)  # a shard of 8 samples and no more
+    monkeypatch.setattr(caching, "memory_bytes", lambda: 8 * k * 4)  # a shard of 8 samples and no more
     influence(model, store=tmp_path / "fits").cache(train)
     with pytest.raises(UsageError, match=r"the store in memory takes .* expected .*, or store= and a folder"):
         influence(model).cache(train)
     with pytest.raises(UsageError, match=rf"a shard takes .* \(12 samples of {k:,} features\).* a smaller shard_size"):
         influence(model, store=tmp_path / "large", shard_size=12).cache(train)
     assert not (tmp_path / "large").exists()
-    monkeypatch.setattr(caching, "host_memory", lambda: 1)
+    monkeypatch.setattr(caching, "memory_bytes", lambda: 1)
     influence(model, store=tmp_path / "fits").cache(train)  # whole: nothing is computed

@@ -476,7 +476,8 @@ def test_task(blocks, tmp_path, monkeypatch):
     batch = task.encode("the cat and the dog and the cat and the dog and so on and on")
     assert batch["input_ids"].shape == (1, 12)
     assert torch.equal(batch["input_ids"], batch["labels"])
-    assert task.tokens("the cat and the dog and the cat and the dog and so on and on") > (12, 12)
+    has, taken = task.tokens("the cat and the dog and the cat and the dog and so on and on")
+    assert has > taken == 12
     assert task.tokens("the cat") == (len(blocks.tokenizer.encode("the cat")),) * 2
     assert task.target(task.model, batch).shape == (1,)
     with pytest.raises(UsageError, match="expected 2 or more"):
